@@ -1,0 +1,2 @@
+//! ferry: moves running containers between containerd hosts.
+fn main() {}

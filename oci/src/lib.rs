@@ -1,0 +1,11 @@
+//! One container on one host: runc, CRIU, the freezer, the connection lock and the writable layer.
+//!
+//! No network peers and no containerd here: the shim and the CLI build on this crate, never the
+//! other way round.
+
+pub mod api;
+pub mod paths;
+
+/// Version of the Ferry service and of the wire protocol between driver and agent. Versioned apart
+/// from the product: it changes only when the two ends would misunderstand each other.
+pub const PROTOCOL: u32 = 1;

@@ -1,0 +1,2 @@
+//! containerd-shim-ferry-v2.
+fn main() {}
