@@ -1,2 +1,40 @@
-//! ferry: moves running containers between containerd hosts.
-fn main() {}
+//! `ferry` moves running containers between containerd hosts while their clients stay connected.
+
+mod agent;
+mod args;
+mod containerd;
+mod describe;
+mod lock;
+mod migrate;
+mod network;
+mod shim;
+mod status;
+mod transport;
+mod wire;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let args = args::Args::parse();
+    let level = if args.verbose { log::LevelFilter::Debug } else { log::LevelFilter::Warn };
+    env_logger::Builder::new().filter_level(level).parse_default_env().init();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("ferry: start the runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(args.run());
+    // A thread that still reads standard input must not keep the process.
+    runtime.shutdown_background();
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ferry: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -4,7 +4,14 @@
 //! other way round.
 
 pub mod api;
+pub mod criu;
+pub mod freezer;
+pub mod layer;
 pub mod paths;
+pub mod quarantine;
+pub mod record;
+pub mod runc;
+pub mod sockets;
 
 /// Version of the Ferry service and of the wire protocol between driver and agent. Versioned apart
 /// from the product: it changes only when the two ends would misunderstand each other.

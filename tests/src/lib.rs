@@ -1,1 +1,55 @@
-//! Test hosts made of namespaces.
+//! Test hosts: several container hosts on one machine, each with its own kernel namespaces.
+//!
+//! ```text
+//!  lab (a unique id, so that labs of parallel tests never meet)
+//!
+//!   host a 10.77.0.1      host b 10.77.0.2      client 10.77.0.254
+//!   containerd, sshd      containerd, sshd      redis-cli, tcpdump, ...
+//!        |eth0                 |eth0                 |eth0
+//!  ------+------- bridge in a network namespace -----+------
+//!                 of the lab's own: the switch
+//! ```
+//!
+//! A host is the first process of fresh network, mount, pid, uts, ipc, cgroup and time namespaces.
+//! Its root is an overlay over the one cached [base] system. Nothing is shared between hosts:
+//! neither `/dev/shm`, `/run` and `/tmp` nor cgroups, clocks or descriptors.
+//!
+//! ```no_run
+//! # fn main() -> anyhow::Result<()> {
+//! let lab = ferry_tests::Lab::start(2)?;
+//! lab.host("a").run("ctr run -d docker.io/library/redis:latest redis")?;
+//! let job = lab.client().spawn("exec tcpdump -nn -i eth0 arp")?;
+//! lab.host("a").run("ssh b true")?;
+//! println!("{}", job.stop()?.stdout);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A lab ends when it is dropped, also by a panic. What a killed test leaves behind is found and
+//! removed by the next lab that starts (see [sweep]).
+
+pub mod base;
+pub mod cache;
+pub mod cgroup;
+pub mod exec;
+pub mod host;
+pub mod images;
+pub mod lab;
+pub mod network;
+pub mod prereq;
+pub mod process;
+pub mod sweep;
+
+pub use exec::{Job, Output};
+pub use host::Host;
+pub use lab::Lab;
+
+/// Says that this test cannot be made here and why; `hack/test` counts it as skipped. The test then
+/// returns.
+pub fn skip(reason: &str) {
+    use std::io::Write;
+    let thread = std::thread::current();
+    let name = thread.name().unwrap_or("a test");
+    // Not print: the test runner would keep that to itself.
+    let _ = writeln!(std::io::stderr(), "\nskipped: {name}: {reason}");
+}

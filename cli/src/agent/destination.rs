@@ -1,0 +1,288 @@
+//! One migration at its destination: the mirror of `migrate::source`.
+//!
+//! Differences from the source: everything here is made new and marked with the migration's id,
+//! so undoing is removing what carries the mark; and this side decides last. Until [`Commit`]
+//! arrives, the end of the lease aborts. `Commit` reaches the shim as a release, and the shim's
+//! record of it is the decision: whoever asks later is answered from there.
+//!
+//! [`Commit`]: crate::wire::messages::Request::Commit
+
+use std::fs;
+use std::io::BufReader;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use ferry_oci::{layer, paths};
+use tokio::io::AsyncWriteExt;
+
+use super::cleanup::{self, nft};
+use super::incoming::Incoming;
+use crate::lock::{self, Lock};
+use crate::containerd::{Blob, Containerd, Destination as Store};
+use crate::network::address::{self, Cidr};
+use crate::network::announce::gratuitous_arp;
+use crate::shim::{self, Shim};
+use crate::wire::messages::{
+    ContainerdAddress, ImageFile, ImageSpec, NewContainer, Reply, Request,
+};
+use crate::wire::stream;
+
+/// Restoring a large container from memory takes seconds, not minutes.
+const RESTORE: Duration = Duration::from_secs(120);
+
+/// A migration that has begun here.
+pub(super) struct Destination {
+    /// containerd, as seen by this migration.
+    store: Store,
+    address: ContainerdAddress,
+    migration: String,
+    container: String,
+    /// Ready made by `PutContainer`.
+    shim: Option<Shim>,
+    /// Made by `PutAddress`: the address and its interface.
+    ip: Option<(Cidr, String)>,
+    /// Name of the image here, when it had to be another than the source's.
+    image: Option<String>,
+    /// `Commit` was passed to the shim: from here on nothing is undone without its word.
+    committed: bool,
+    lock: Lock,
+}
+
+impl Destination {
+    pub(super) async fn begin(
+        containerd: &Containerd,
+        address: ContainerdAddress,
+        migration: String,
+        container: String,
+    ) -> Result<Self> {
+        ensure!(paths::is_migration_id(&migration), "{migration} is no id of a migration");
+        let lock = lock::take(&migration, Duration::ZERO).await?;
+        let store = containerd.destination(&migration)?;
+        store.create_lease().await?;
+        Ok(Self {
+            store,
+            address,
+            migration,
+            container,
+            shim: None,
+            ip: None,
+            image: None,
+            committed: false,
+            lock,
+        })
+    }
+
+    pub(super) async fn answer(
+        &mut self,
+        input: &mut Incoming,
+        request: Request,
+    ) -> Result<Reply> {
+        match request {
+            Request::MissingBlobs(blobs) => {
+                return Ok(Reply::Missing(self.store.missing(&blobs).await?));
+            }
+            Request::PutBlob(blob) => self.put_blob(input, blob).await?,
+            Request::PutImage(image) => self.put_image(image).await?,
+            Request::PutContainer(new) => self.put_container(*new).await?,
+            Request::PutLayer => self.put_layer(input).await?,
+            Request::PutAddress(cidr) => self.put_address(cidr).await?,
+            Request::PutImages(files) => self.put_images(input, &files).await?,
+            Request::Restore => return self.restore().await,
+            Request::Commit => return self.commit().await,
+            other => bail!("{other:?} is out of order"),
+        }
+        Ok(Reply::Done)
+    }
+
+    async fn put_blob(&self, input: &mut Incoming, blob: Blob) -> Result<()> {
+        let Some(mut writer) = self.store.write_blob(&blob).await? else {
+            return input.skip_stream().await;
+        };
+        writer.restart();
+        while let Some(chunk) = input.chunk().await? {
+            writer.write(&chunk).await?;
+        }
+        Ok(writer.commit().await?)
+    }
+
+    async fn put_image(&mut self, image: ImageSpec) -> Result<()> {
+        let name = self.store.create_image(&image.name, &image.target, &image.labels).await?;
+        self.image = Some(name.name);
+        let chain =
+            self.store.unpack(&image.target, &image.snapshotter, Some(&image.chain)).await?;
+        ensure!(chain == image.chain, "the image unpacks to {chain}, not to {}", image.chain);
+        Ok(())
+    }
+
+    async fn put_container(&mut self, new: NewContainer) -> Result<()> {
+        let mut record = new.record;
+        if let Some(image) = &self.image {
+            record.image.clone_from(image);
+        }
+        let (snapshotter, key) = (&record.snapshotter, &record.snapshot_key);
+        let mounts =
+            self.store.prepare_snapshot(snapshotter, key, &new.chain, new.snapshot).await?;
+        self.store.create_container(&record).await?;
+        let images = paths::images(&self.migration);
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&images)
+            .with_context(|| format!("create {}", images.display()))?;
+        let options = record.runtime_options.as_ref();
+        let path = images.display().to_string();
+        self.store.create_task(&record.id, &mounts, &new.stdio, options, &path).await?;
+        let shim = Shim::connect(&self.bundle(), &self.container)
+            .await?
+            .context("the task's shim is not ferry's")?;
+        self.shim = Some(shim);
+        Ok(())
+    }
+
+    fn bundle(&self) -> PathBuf {
+        shim::bundle(&self.address.socket, &self.address.namespace, &self.container)
+    }
+
+    async fn put_layer(&self, input: &mut Incoming) -> Result<()> {
+        let root = self.bundle().join("rootfs");
+        let (to, mut from) = stream::reader();
+        let apply = tokio::task::spawn_blocking(move || {
+            layer::apply(BufReader::with_capacity(1 << 16, &mut from), &root)
+        });
+        let forwarded = input.forward(to).await;
+        apply.await?.context("write the writable layer")?;
+        forwarded
+    }
+
+    async fn put_address(&mut self, cidr: Cidr) -> Result<()> {
+        let device = address::device_for(&cidr)?
+            .with_context(|| format!("no interface here is in the network of {cidr}"))?;
+        // Silent first: the kernel must not answer for it before the sockets are there.
+        nft(ferry_oci::quarantine::add(&self.migration, &[cidr.ip])).await?;
+        self.ip = Some((cidr, device.clone()));
+        address::add(cidr, &device).await
+    }
+
+    async fn put_images(&self, input: &mut Incoming, files: &[ImageFile]) -> Result<()> {
+        let dir = paths::images(&self.migration);
+        let mut left: Vec<u8> = Vec::new();
+        for file in files {
+            ensure!(is_plain_name(&file.name), "{:?} is no name of an image", file.name);
+            let path = dir.join(&file.name);
+            let opened = fs::OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&path)
+                .with_context(|| format!("create {}", path.display()))?;
+            let mut opened = tokio::fs::File::from_std(opened);
+            let mut missing = file.size;
+            while missing > 0 {
+                if left.is_empty() {
+                    left = input.chunk().await?.context("the images are incomplete")?;
+                }
+                let take = left.len().min(usize::try_from(missing).unwrap_or(usize::MAX));
+                let rest = left.split_off(take);
+                opened
+                    .write_all(&left)
+                    .await
+                    .with_context(|| format!("write {}", path.display()))?;
+                left = rest;
+                missing -= take as u64;
+            }
+            opened.flush().await.with_context(|| format!("write {}", path.display()))?;
+        }
+        ensure!(left.is_empty(), "the images are longer than announced");
+        Ok(())
+    }
+
+    async fn restore(&self) -> Result<Reply> {
+        let shim = self.shim.as_ref().context("there is no task to restore")?;
+        let start = Instant::now();
+        shim.restore(&self.migration, &paths::images(&self.migration), RESTORE).await?;
+        Ok(Reply::Held { restore_us: micros(start) })
+    }
+
+    /// The commit. An error from here on does not mean that the container is not here.
+    async fn commit(&mut self) -> Result<Reply> {
+        let shim = self.shim.as_ref().context("there is nothing to commit")?;
+        self.committed = true;
+        let released = shim.release(&self.migration).await?;
+        let start = Instant::now();
+        self.open_address().await?;
+        Ok(Reply::Running { release_us: released.release_us, network_us: micros(start) })
+    }
+
+    async fn open_address(&self) -> Result<()> {
+        let Some((cidr, device)) = &self.ip else { return Ok(()) };
+        nft(ferry_oci::quarantine::remove(&self.migration)).await?;
+        gratuitous_arp(cidr.ip, device)
+    }
+
+    /// Makes what was created permanent and forgets the migration.
+    pub(super) async fn finish(self) -> Result<()> {
+        ensure!(self.committed, "the migration has not been committed");
+        // Again, for neighbours that missed the first one.
+        if let Some((cidr, device)) = &self.ip {
+            gratuitous_arp(cidr.ip, device)?;
+        }
+        cleanup::keep(&self.store).await?;
+        lock::remove(&self.migration, self.lock);
+        Ok(())
+    }
+
+    /// Undoes everything, unless it was committed.
+    pub(super) async fn abort(self) -> Result<()> {
+        ensure!(!self.committed, "the migration has been committed");
+        if let Some(shim) = &self.shim
+            && let Err(error) = shim.abort(&self.migration).await
+        {
+            log::debug!("abort: {error:#}");
+        }
+        let ip = self.ip.map(|(cidr, _)| cidr);
+        cleanup::remove(&self.store, ip).await?;
+        lock::remove(&self.migration, self.lock);
+        Ok(())
+    }
+
+    /// The driver is gone.
+    pub(super) async fn lease_ended(self) {
+        if self.committed {
+            // It runs here; the next driver that asks is told so and finishes.
+            return;
+        }
+        if let Err(error) = self.abort().await {
+            log::error!("undo after the driver was lost: {error:#}");
+        }
+    }
+}
+
+fn micros(start: Instant) -> u64 {
+    u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+/// A name that stays in its folder.
+fn is_plain_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() < 256
+        && !name.starts_with('.')
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_plain_name;
+
+    #[test]
+    fn names_of_images_stay_in_their_folder() {
+        for good in ["pages-1.img", "descriptors.json", "tmpfs-dev-42.tar.gz.img"] {
+            assert!(is_plain_name(good), "{good}");
+        }
+        for bad in ["", ".", "..", "../x", "a/b", ".hidden", "a\0b"] {
+            assert!(!is_plain_name(bad), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! `ferry agent --stdio`: the destination's end of a migration.
+//!
+//! Answers one request after the other on its standard output. Its input is the lease: when that
+//! ends before the commit, everything the migration made here is undone.
+
+pub(crate) mod cleanup;
+mod destination;
+mod incoming;
+mod settle;
+
+use anyhow::{Context, Result, bail};
+use tokio::io::{AsyncWriteExt, BufReader, BufWriter};
+
+use crate::containerd::Containerd;
+use crate::describe::host::HostFacts;
+use crate::describe::room::RoomFacts;
+use crate::wire::codec::{self, Frame};
+use crate::wire::messages::{ContainerdAddress, Reply, Request};
+use destination::Destination;
+use incoming::Incoming;
+
+/// What the agent knows once the driver has said hello.
+struct Agent {
+    address: ContainerdAddress,
+    containerd: Containerd,
+    migration: Option<Destination>,
+}
+
+/// Serves one driver until its input ends.
+///
+/// # Errors
+/// When the driver speaks another protocol or the streams break. What was not committed has been
+/// undone then.
+pub(crate) async fn serve() -> Result<()> {
+    let mut input = Incoming::new(BufReader::with_capacity(1 << 20, tokio::io::stdin()));
+    let mut output = BufWriter::new(tokio::io::stdout());
+    let mut agent: Option<Agent> = None;
+    let result = converse(&mut input, &mut output, &mut agent).await;
+    if let Some(migration) = agent.and_then(|a| a.migration) {
+        migration.lease_ended().await;
+    }
+    result
+}
+
+async fn converse(
+    input: &mut Incoming,
+    output: &mut BufWriter<tokio::io::Stdout>,
+    agent: &mut Option<Agent>,
+) -> Result<()> {
+    while let Some(request) = input.request().await? {
+        let reply = match answer(agent, input, request).await {
+            Ok(reply) => reply,
+            Err(error) => Reply::Refused { error: format!("{error:#}") },
+        };
+        // A refused request may leave its stream unread.
+        input.skip_stream().await?;
+        let bytes = serde_json::to_vec(&reply).context("encode a reply")?;
+        codec::write(output, &Frame::Message(bytes)).await.context("answer the driver")?;
+        output.flush().await.context("answer the driver")?;
+    }
+    Ok(())
+}
+
+async fn answer(
+    agent: &mut Option<Agent>,
+    input: &mut Incoming,
+    request: Request,
+) -> Result<Reply> {
+    if let Request::Hello { protocol, ferry: _, containerd } = request {
+        // The driver judges the versions; an agent of another protocol only says which it is.
+        if protocol == ferry_oci::PROTOCOL {
+            let client = Containerd::connect(&containerd.socket, &containerd.namespace).await?;
+            *agent = Some(Agent { address: containerd, containerd: client, migration: None });
+        }
+        let ferry = env!("CARGO_PKG_VERSION").to_owned();
+        return Ok(Reply::Hello { protocol: ferry_oci::PROTOCOL, ferry });
+    }
+    let agent = agent.as_mut().context("the driver has not said hello")?;
+    agent.answer(input, request).await
+}
+
+impl Agent {
+    async fn answer(&mut self, input: &mut Incoming, request: Request) -> Result<Reply> {
+        match request {
+            Request::DescribeHost => {
+                let version = self.containerd.version().await?;
+                let facts = tokio::task::spawn_blocking(|| HostFacts::gather(version)).await?;
+                Ok(Reply::Host(Box::new(facts)))
+            }
+            Request::DescribeRoom(request) => {
+                let taken = self.containerd.container(&request.id).await?.is_some();
+                Ok(Reply::Room(RoomFacts::gather(&request, taken)?))
+            }
+            Request::Begin { migration, container } => {
+                if self.migration.is_some() {
+                    bail!("this agent serves a migration already");
+                }
+                let address = self.address.clone();
+                let begun =
+                    Destination::begin(&self.containerd, address, migration, container).await?;
+                self.migration = Some(begun);
+                Ok(Reply::Done)
+            }
+            Request::Settle { migration, container, ip } => {
+                let outcome =
+                    settle::settle(&self.containerd, &self.address, &migration, &container, ip)
+                        .await?;
+                Ok(Reply::Settled(outcome))
+            }
+            Request::Abort => {
+                if let Some(migration) = self.migration.take() {
+                    migration.abort().await?;
+                }
+                Ok(Reply::Done)
+            }
+            Request::Finish => {
+                let migration = self.migration.take().context("no migration has begun")?;
+                migration.finish().await?;
+                Ok(Reply::Done)
+            }
+            other => {
+                let migration = self.migration.as_mut().context("no migration has begun")?;
+                migration.answer(input, other).await
+            }
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! The command line.
+
+use anyhow::{Result, bail};
+use clap::{Parser, Subcommand, ValueEnum};
+
+use crate::migrate::{self, Options};
+use crate::network::address::Cidr;
+use crate::transport::ssh::Destination;
+use crate::wire::messages::ContainerdAddress;
+use crate::{agent, status};
+
+/// Moves running containers between containerd hosts while their clients stay connected.
+#[derive(Debug, Parser)]
+#[command(name = "ferry", version, about)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    command: Command,
+    /// containerd namespace, on both hosts
+    #[arg(long, short, global = true, env = "CONTAINERD_NAMESPACE", default_value = "default")]
+    namespace: String,
+    /// Path of containerd's socket, on both hosts
+    #[arg(
+        long,
+        global = true,
+        env = "CONTAINERD_ADDRESS",
+        default_value = "/run/containerd/containerd.sock"
+    )]
+    address: String,
+    /// Print JSON on standard output, and no progress
+    #[arg(long, global = true)]
+    json: bool,
+    /// Tell more on standard error
+    #[arg(long, short, global = true)]
+    pub(crate) verbose: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Move a running container to another host
+    ///
+    /// Until the commit, any failure leaves the container running here. When this command was
+    /// killed after the commit, run it again: it settles who has the container.
+    Migrate {
+        /// Container id
+        container: String,
+        /// Where to: `ssh://[user@]host[:port]`
+        #[arg(long)]
+        to: String,
+        /// The address that the clients use, with its prefix length; it moves along
+        #[arg(long, value_name = "ADDRESS/PREFIX")]
+        ip: Option<Cidr>,
+        /// How the memory moves
+        #[arg(long, value_enum, default_value_t = Mode::Stop)]
+        mode: Mode,
+        /// Show the plan, change nothing
+        #[arg(long)]
+        dry_run: bool,
+        /// Command that starts ferry on the other host
+        #[arg(long, default_value = "ferry")]
+        remote_ferry: String,
+    },
+    /// List migrations that were decided and not finished
+    Status,
+    /// Serve a migration's destination (started by `ferry migrate` over ssh)
+    #[command(hide = true)]
+    Agent {
+        /// Speak on standard input and output
+        #[arg(long, required = true)]
+        stdio: bool,
+    },
+}
+
+/// How the memory moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Mode {
+    /// Freeze, copy all, restore
+    Stop,
+    /// Copy while it runs, then stop
+    Pre,
+    /// Restore first, then copy
+    Post,
+    /// Pre-copy, then post-copy
+    Hybrid,
+    /// Pre-copy until it converges, then stop
+    Auto,
+}
+
+impl Args {
+    /// Does what was asked.
+    ///
+    /// # Errors
+    /// With the text that the operator gets.
+    pub(crate) async fn run(self) -> Result<()> {
+        let containerd = ContainerdAddress {
+            socket: self.address.trim_start_matches("unix://").to_owned(),
+            namespace: self.namespace,
+        };
+        match self.command {
+            Command::Agent { .. } => agent::serve().await,
+            Command::Status => status::show(self.json),
+            Command::Migrate { container, to, ip, mode, dry_run, remote_ferry } => {
+                if mode != Mode::Stop {
+                    let name = mode.to_possible_value().map(|v| v.get_name().to_owned());
+                    bail!(
+                        "--mode {} is not there yet: use --mode stop",
+                        name.unwrap_or_default()
+                    );
+                }
+                let destination: Destination =
+                    to.parse().map_err(|e| anyhow::anyhow!("--to: {e}"))?;
+                let agent = format!("{remote_ferry} agent --stdio");
+                let json = self.json;
+                let to = (to, destination);
+                migrate::run(Options { container, to, ip, agent, containerd, dry_run, json }).await
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Args::command().debug_assert();
+    }
+}

@@ -1,0 +1,326 @@
+//! What stands in the way of a move. Pure: facts in, named blockers with their cures out.
+
+use std::net::{IpAddr, SocketAddr};
+
+use ferry_oci::sockets::{InetSocket, Protocol};
+use serde::Serialize;
+
+use super::container::{ContainerFacts, Network};
+use super::host::HostFacts;
+use super::room::RoomFacts;
+use crate::network::address::Cidr;
+
+/// The runtime that ferry's shim answers for.
+pub(crate) const RUNTIME: &str = "io.containerd.ferry.v2";
+
+/// Files that `ctr run --net-host` binds from the host: the destination's own take their place.
+const HOST_FILES: [&str; 2] = ["/etc/hosts", "/etc/resolv.conf"];
+
+/// Memory that is left to the destination beside the container's, bytes.
+const MEMORY_MARGIN: u64 = 64 << 20;
+
+/// One thing that stands in the way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Blocker {
+    /// Its name, for scripts.
+    pub(crate) name: &'static str,
+    /// What is the matter.
+    pub(crate) what: String,
+    /// What to do about it.
+    pub(crate) cure: String,
+}
+
+/// Everything that the decision rests on.
+pub(crate) struct Facts<'a> {
+    pub(crate) source: &'a HostFacts,
+    pub(crate) destination: &'a HostFacts,
+    pub(crate) container: &'a ContainerFacts,
+    pub(crate) room: &'a RoomFacts,
+    pub(crate) ip: Option<Cidr>,
+    /// Interface of the source that has `ip`.
+    pub(crate) ip_on_source: Option<&'a str>,
+}
+
+/// Host paths that the destination must have for this container.
+pub(crate) fn paths_needed(container: &ContainerFacts) -> Vec<String> {
+    let sources = container.binds.iter().map(|b| b.source.clone());
+    sources.filter(|s| HOST_FILES.contains(&s.as_str())).collect()
+}
+
+/// Every blocker there is; an empty list means the container can be moved.
+pub(crate) fn blockers(facts: &Facts<'_>) -> Vec<Blocker> {
+    let mut found = Vec::new();
+    hosts(facts, &mut found);
+    state(facts.container, &mut found);
+    isolation(facts.container, &mut found);
+    files(facts, &mut found);
+    address(facts, &mut found);
+    connections(facts, &mut found);
+    room(facts, &mut found);
+    found
+}
+
+fn block(found: &mut Vec<Blocker>, name: &'static str, what: String, cure: &str) {
+    found.push(Blocker { name, what, cure: cure.to_owned() });
+}
+
+fn hosts(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
+    let (source, destination) = (facts.source, facts.destination);
+    for (host, side) in [(source, "source"), (destination, "destination")] {
+        let name = &host.hostname;
+        if host.criu.is_none() {
+            let what = format!("criu does not start on the {side} {name}");
+            block(found, "criu-missing", what, "install criu 4.2 or newer there");
+        }
+        if host.runc.is_none() {
+            let what = format!("runc does not start on the {side} {name}");
+            block(found, "runc-missing", what, "install runc 1.2 or newer there");
+        }
+        if !host.nft {
+            let what = format!("nft does not start on the {side} {name}");
+            block(found, "nft-missing", what, "install nftables there");
+        }
+        if !host.shim {
+            let what = format!("containerd-shim-ferry-v2 is not in the path of {side} {name}");
+            block(found, "shim-missing", what, "install it beside ferry there");
+        }
+    }
+    if source.boot_id == destination.boot_id && source.hostname == destination.hostname {
+        let what = format!("source and destination are both {}", source.hostname);
+        block(found, "same-host", what, "give another host to --to");
+    }
+    if source.arch != destination.arch {
+        let what = format!("the source is {}, the destination {}", source.arch, destination.arch);
+        block(found, "architecture", what, "choose a destination of the same architecture");
+    }
+    let missing: Vec<_> = source.cpu_flags.difference(&destination.cpu_flags).cloned().collect();
+    if !missing.is_empty() {
+        let what = format!("the destination's processor lacks {}", missing.join(" "));
+        block(found, "cpu", what, "choose a destination whose processor can do what the source's can");
+    }
+    if let (Some(from), Some(to)) = (&source.criu, &destination.criu)
+        && version(to) < version(from)
+    {
+        let what = format!("criu {to} on the destination cannot read images of criu {from}");
+        block(found, "criu-version", what, "install the source's version of criu or a newer one");
+    }
+    if source.cgroups != destination.cgroups {
+        let what = format!(
+            "cgroups are {} on the source and {} on the destination",
+            source.cgroups, destination.cgroups
+        );
+        block(found, "cgroups", what, "start both hosts with the same cgroup layout");
+    }
+}
+
+fn version(text: &str) -> Vec<u32> {
+    text.split(['.', '-', '+']).map_while(|part| part.parse().ok()).collect()
+}
+
+fn state(container: &ContainerFacts, found: &mut Vec<Blocker>) {
+    let id = &container.id;
+    if container.runtime != RUNTIME {
+        let what = format!("{id} runs with {}", container.runtime);
+        block(found, "runtime", what, &format!("start it with --runtime {RUNTIME}"));
+    }
+    if container.status != "running" {
+        let what = format!("{id} is {}", container.status);
+        block(found, "status", what, "only a running container can be moved: start or resume it");
+    }
+    if !container.migration.is_empty() {
+        let what = format!("migration {} of {id} is under way", container.migration);
+        block(found, "migrating", what, "wait for it");
+    }
+    if !container.execs.is_empty() {
+        let what = format!("{id} has exec sessions: {}", container.execs.join(", "));
+        block(found, "exec-open", what, "end them: their terminals and pipes cannot move");
+    }
+    if container.terminal {
+        let what = format!("{id} has a terminal");
+        block(found, "terminal", what, "start it without a terminal");
+    }
+    if !container.sandbox.is_empty() {
+        let what = format!("{id} belongs to pod {}", container.sandbox);
+        block(found, "pod", what, "containers of a pod cannot be moved one by one");
+    }
+    if container.labels.contains_key("containerd.io/restart.status") {
+        let what = format!("{id} has a restart policy, which could start a second copy");
+        block(found, "restart-policy", what, "remove it (nerdctl update --restart=no)");
+    }
+    if !container.io_uring.is_empty() {
+        let what = format!("process {} of {id} uses io_uring", container.io_uring[0]);
+        block(found, "io-uring", what, "turn io_uring off in the program: criu cannot dump it");
+    }
+    if container.user_namespace {
+        let what = format!("{id} has a user namespace");
+        block(found, "user-namespace", what, "start it without one: ferry cannot move it yet");
+    }
+}
+
+fn isolation(container: &ContainerFacts, found: &mut Vec<Blocker>) {
+    let id = &container.id;
+    match &container.network {
+        Network::Host | Network::Loopback => {}
+        Network::Path(path) => {
+            let what = format!("the network namespace of {id} is given by path ({path})");
+            block(found, "netns-path", what, "use the host's network and --ip");
+        }
+        Network::Devices(devices) => {
+            let what = format!("the network of {id} has {} (CNI)", devices.join(", "));
+            block(found, "cni", what, "use the host's network and --ip");
+        }
+    }
+    for namespace in &container.joined {
+        let what = format!("{id} joined a namespace of another container ({namespace})");
+        block(found, "namespace-joined", what, "start it with namespaces of its own");
+    }
+    for shared in &container.shared {
+        let what = format!("process {} is in the {} namespace of {id}", shared.pid, shared.kind);
+        block(found, "namespace-shared", what, "end it: it would lose the namespace");
+    }
+}
+
+fn files(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
+    let container = facts.container;
+    for bind in &container.binds {
+        if HOST_FILES.contains(&bind.source.as_str()) {
+            continue;
+        }
+        let what = format!("{} is bound from the host ({})", bind.target, bind.source);
+        let (name, cure) = if bind.source.contains("/nerdctl/") && bind.source.contains("/volumes/")
+        {
+            ("volume", "start it without the volume: ferry cannot move volumes yet")
+        } else {
+            ("bind-mount", "start it without the mount: ferry cannot move host files yet")
+        };
+        block(found, name, what, cure);
+    }
+    for path in &facts.room.missing_paths {
+        let what = format!("the destination has no {path}");
+        block(found, "path-missing", what, "create it: the container binds the host's own");
+    }
+    for hook in &container.hooks {
+        let what = format!("{} has an OCI hook ({hook})", container.id);
+        block(found, "hook", what, "start it without hooks: they would not run where it goes");
+    }
+    if container.snapshotter != "overlayfs" {
+        let what = format!("the snapshotter of {} is {}", container.id, container.snapshotter);
+        block(found, "snapshotter", what, "use overlayfs");
+    }
+}
+
+fn address(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
+    let Some(cidr) = facts.ip else { return };
+    if facts.container.network != Network::Host {
+        let what = format!("{} does not use the host's network", facts.container.id);
+        block(found, "ip-unused", what, "leave --ip out");
+    }
+    if facts.ip_on_source.is_none() {
+        let what = format!("{} is on no interface of the source", cidr.ip);
+        block(found, "address-missing", what, "give --ip the address that the clients use");
+    }
+    if let Some(device) = &facts.room.address_on {
+        let what = format!("the destination has {} already, on {device}", cidr.ip);
+        block(found, "address-taken", what, &format!("remove it there: ip addr del {cidr} dev {device}"));
+    }
+    if facts.room.device.is_none() {
+        let what = format!("no interface of the destination is in the network of {cidr}");
+        block(found, "address-network", what, "choose a destination in the same network");
+    }
+}
+
+/// Only what is on the moved address can follow it.
+fn connections(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
+    let container = facts.container;
+    if container.network != Network::Host {
+        return;
+    }
+    let moved = facts.ip.map(|c| IpAddr::V4(c.ip));
+    for socket in &container.sockets {
+        let (local, remote) = (socket.local, socket.remote);
+        let follows = Some(local.ip()) == moved || inside(container, socket);
+        let everywhere = local.ip().is_unspecified();
+        if socket.connected && !follows {
+            let cure = if remote.ip().is_loopback() {
+                "its peer stays behind: connect over the moved address, or end it"
+            } else {
+                "only connections on the address given to --ip can follow: end it"
+            };
+            let what = format!("connection {local} to {remote} is not on the moved address");
+            block(found, "connection", what, cure);
+        }
+        if socket.listening && !everywhere && Some(local.ip()) != moved && !local.ip().is_loopback()
+        {
+            let what = format!("{} listens on {local}, which stays behind", container.id);
+            block(found, "listener-address", what, "listen on 0.0.0.0 or on the moved address");
+        }
+        if socket.protocol == Protocol::Raw {
+            let what = format!("{} has a raw socket", container.id);
+            block(found, "raw-socket", what, "end it: it sees packets of the whole host");
+        }
+    }
+    for socket in container.sockets.iter().filter(|s| s.listening) {
+        if let Some(other) = facts.room.listeners.iter().find(|other| clash(socket, other)) {
+            let protocol = if socket.protocol == Protocol::Udp { "udp" } else { "tcp" };
+            let what = format!(
+                "{protocol} port {} is taken on the destination ({})",
+                socket.local.port(),
+                other.local
+            );
+            block(found, "port-taken", what, "end what listens there");
+        }
+    }
+}
+
+/// Whether both ends of a connection are in the container.
+fn inside(container: &ContainerFacts, socket: &InetSocket) -> bool {
+    let mirrored = |other: &InetSocket| {
+        other.protocol == socket.protocol
+            && other.local == socket.remote
+            && other.remote == socket.local
+    };
+    socket.connected && container.sockets.iter().any(mirrored)
+}
+
+fn clash(wanted: &InetSocket, there: &InetSocket) -> bool {
+    let covers = |a: SocketAddr, dual: bool, b: SocketAddr| {
+        a.ip().is_unspecified() && (dual || a.is_ipv4() == b.is_ipv4())
+    };
+    wanted.protocol == there.protocol
+        && wanted.protocol != Protocol::Raw
+        && wanted.local.port() == there.local.port()
+        && (wanted.local.ip() == there.local.ip()
+            || covers(wanted.local, wanted.dual_stack, there.local)
+            || covers(there.local, there.dual_stack, wanted.local))
+}
+
+fn room(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
+    let (container, room) = (facts.container, facts.room);
+    if room.id_taken {
+        let what = format!("the destination has a container {}", container.id);
+        block(found, "id-taken", what, &format!("remove it there: ctr container rm {}", container.id));
+    }
+    // In this mode the pages lie in the images and in the process at the same time.
+    let needed = container.resident * 2 + MEMORY_MARGIN;
+    if room.memory_available < needed {
+        let what = format!(
+            "the destination has {} MiB of memory available, {} MiB are needed",
+            room.memory_available >> 20,
+            needed >> 20
+        );
+        block(found, "memory", what, "free memory there");
+    }
+    let images = container.resident + MEMORY_MARGIN;
+    if room.images_free < images {
+        let what = format!(
+            "/run of the destination has {} MiB free, the images need {} MiB",
+            room.images_free >> 20,
+            images >> 20
+        );
+        block(found, "images-space", what, "mount -o remount,size=... /run");
+    }
+}
+
+#[cfg(test)]
+#[path = "checks_tests.rs"]
+mod tests;

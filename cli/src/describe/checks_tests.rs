@@ -1,0 +1,223 @@
+//! One test for each blocker: a container or host that has it, beside one that has nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::super::container::{Bind, Shared};
+use super::*;
+
+fn host(name: &str) -> HostFacts {
+    HostFacts {
+        hostname: name.into(),
+        boot_id: name.into(),
+        kernel: "6.18".into(),
+        arch: "x86_64".into(),
+        cpu_flags: BTreeSet::from(["avx".to_owned()]),
+        cgroups: "v2".into(),
+        criu: Some("4.2.1".into()),
+        runc: Some("1.3.6".into()),
+        nft: true,
+        shim: true,
+        containerd: "2.1".into(),
+        ferry: "0.1.0".into(),
+    }
+}
+
+fn container() -> ContainerFacts {
+    ContainerFacts {
+        id: "redis".into(),
+        namespace: "default".into(),
+        image: "redis".into(),
+        runtime: RUNTIME.into(),
+        snapshotter: "overlayfs".into(),
+        sandbox: String::new(),
+        labels: BTreeMap::new(),
+        status: "running".into(),
+        migration: String::new(),
+        execs: Vec::new(),
+        terminal: false,
+        network: Network::Host,
+        sockets: vec![listener("0.0.0.0:6379"), connection("10.77.0.100:6379", "10.77.0.254:5")],
+        binds: vec![Bind { source: "/etc/hosts".into(), target: "/etc/hosts".into() }],
+        joined: Vec::new(),
+        shared: Vec::new(),
+        user_namespace: false,
+        hooks: Vec::new(),
+        io_uring: Vec::new(),
+        resident: 1 << 20,
+        processes: 1,
+    }
+}
+
+fn place() -> RoomFacts {
+    RoomFacts {
+        id_taken: false,
+        listeners: vec![listener("0.0.0.0:22")],
+        address_on: None,
+        device: Some("eth0".into()),
+        missing_paths: Vec::new(),
+        memory_available: 1 << 30,
+        images_free: 1 << 30,
+    }
+}
+
+fn socket(local: &str, remote: &str, listening: bool) -> InetSocket {
+    InetSocket {
+        protocol: Protocol::Tcp,
+        local: local.parse().unwrap(),
+        remote: remote.parse().unwrap(),
+        listening,
+        connected: !listening,
+        dual_stack: local.starts_with("[::]"),
+        inode: 1,
+    }
+}
+
+fn listener(local: &str) -> InetSocket {
+    socket(local, "0.0.0.0:0", true)
+}
+
+fn connection(local: &str, remote: &str) -> InetSocket {
+    socket(local, remote, false)
+}
+
+/// Everything that can be changed before the names of the blockers are looked at.
+struct Case {
+    source: HostFacts,
+    destination: HostFacts,
+    container: ContainerFacts,
+    room: RoomFacts,
+    ip: Option<Cidr>,
+    on_source: Option<&'static str>,
+}
+
+fn names(change: impl FnOnce(&mut Case)) -> Vec<&'static str> {
+    let mut case = Case {
+        source: host("a"),
+        destination: host("b"),
+        container: container(),
+        room: place(),
+        ip: Some("10.77.0.100/24".parse().unwrap()),
+        on_source: Some("eth0"),
+    };
+    change(&mut case);
+    let facts = Facts {
+        source: &case.source,
+        destination: &case.destination,
+        container: &case.container,
+        room: &case.room,
+        ip: case.ip,
+        ip_on_source: case.on_source,
+    };
+    blockers(&facts).into_iter().map(|b| b.name).collect()
+}
+
+#[test]
+fn a_plain_container_is_not_blocked() {
+    assert_eq!(names(|_| {}), [""; 0]);
+}
+
+#[test]
+fn each_obstacle_is_refused_by_its_name() {
+    type Change = fn(&mut Case);
+    let cases: [(&str, Change); 34] = [
+        ("criu-missing", |c| c.destination.criu = None),
+        ("runc-missing", |c| c.source.runc = None),
+        ("nft-missing", |c| c.destination.nft = false),
+        ("shim-missing", |c| c.destination.shim = false),
+        ("same-host", |c| c.destination = c.source.clone()),
+        ("architecture", |c| c.destination.arch = "aarch64".into()),
+        ("cpu", |c| c.destination.cpu_flags.clear()),
+        ("criu-version", |c| c.destination.criu = Some("4.1.1".into())),
+        ("cgroups", |c| c.destination.cgroups = "v1".into()),
+        ("runtime", |c| c.container.runtime = "io.containerd.runc.v2".into()),
+        ("status", |c| c.container.status = "paused".into()),
+        ("migrating", |c| c.container.migration = "m".into()),
+        ("exec-open", |c| c.container.execs = vec!["sh".into()]),
+        ("terminal", |c| c.container.terminal = true),
+        ("pod", |c| c.container.sandbox = "p".into()),
+        ("restart-policy", |c| {
+            c.container.labels.insert("containerd.io/restart.status".into(), "running".into());
+        }),
+        ("io-uring", |c| c.container.io_uring = vec![7]),
+        ("user-namespace", |c| c.container.user_namespace = true),
+        ("netns-path", |c| {
+            c.container.network = Network::Path("/run/netns/x".into());
+            c.ip = None;
+        }),
+        ("cni", |c| {
+            c.container.network = Network::Devices(vec!["eth0".into()]);
+            c.ip = None;
+        }),
+        ("namespace-joined", |c| c.container.joined = vec!["pid /proc/1/ns/pid".into()]),
+        ("namespace-shared", |c| {
+            c.container.shared = vec![Shared { kind: "net".into(), pid: 9 }];
+        }),
+        ("bind-mount", |c| {
+            c.container.binds =
+                vec![Bind { source: "/srv/data".into(), target: "/data".into() }];
+        }),
+        ("volume", |c| {
+            let source = "/var/lib/nerdctl/1/volumes/default/v/_data".to_owned();
+            c.container.binds = vec![Bind { source, target: "/data".into() }];
+        }),
+        ("path-missing", |c| c.room.missing_paths = vec!["/etc/hosts".into()]),
+        ("hook", |c| c.container.hooks = vec!["/usr/bin/nerdctl".into()]),
+        ("snapshotter", |c| c.container.snapshotter = "btrfs".into()),
+        ("ip-unused", |c| c.container.network = Network::Loopback),
+        ("address-missing", |c| c.on_source = None),
+        ("address-taken", |c| c.room.address_on = Some("eth0".into())),
+        ("address-network", |c| c.room.device = None),
+        ("id-taken", |c| c.room.id_taken = true),
+        ("memory", |c| c.room.memory_available = 1 << 20),
+        ("images-space", |c| c.room.images_free = 0),
+    ];
+    for (name, change) in cases {
+        assert_eq!(names(change), [name]);
+    }
+}
+
+#[test]
+fn connections_that_cannot_follow_are_named() {
+    let outbound = connection("10.77.0.1:40000", "10.77.0.9:6379");
+    assert_eq!(names(|c| c.container.sockets.push(outbound)), ["connection"]);
+    let local = connection("127.0.0.1:6379", "127.0.0.1:5000");
+    assert_eq!(names(|c| c.container.sockets.push(local.clone())), ["connection"]);
+    let both = [local, connection("127.0.0.1:5000", "127.0.0.1:6379")];
+    assert_eq!(names(|c| c.container.sockets.extend(both)), [""; 0]);
+    assert_eq!(names(|c| c.ip = None), ["connection"]);
+}
+
+#[test]
+fn a_listener_on_the_hosts_own_address_is_named() {
+    let own = listener("10.77.0.1:80");
+    assert_eq!(names(|c| c.container.sockets.push(own)), ["listener-address"]);
+    let loopback = listener("127.0.0.1:80");
+    assert_eq!(names(|c| c.container.sockets.push(loopback)), [""; 0]);
+}
+
+#[test]
+fn a_port_is_taken_by_the_same_or_by_any_address() {
+    for there in ["0.0.0.0:6379", "10.77.0.2:6379", "[::]:6379"] {
+        assert_eq!(names(|c| c.room.listeners.push(listener(there))), ["port-taken"], "{there}");
+    }
+    let mut udp = listener("0.0.0.0:6379");
+    udp.protocol = Protocol::Udp;
+    assert_eq!(names(|c| c.room.listeners.push(udp)), [""; 0]);
+}
+
+#[test]
+fn sockets_of_a_private_network_never_block() {
+    let local = connection("127.0.0.1:6379", "127.0.0.1:5000");
+    let change = |c: &mut Case| {
+        c.container.network = Network::Loopback;
+        c.container.sockets = vec![local];
+        c.ip = None;
+    };
+    assert_eq!(names(change), [""; 0]);
+}
+
+#[test]
+fn versions_are_compared_by_number() {
+    assert!(version("4.10") > version("4.9.1"));
+    assert!(version("4.2.1-3") >= version("4.2.1"));
+}

@@ -1,0 +1,120 @@
+//! Facts of a host.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::process::Command;
+
+use serde::{Deserialize, Serialize};
+
+/// What a host is, as far as a move depends on it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct HostFacts {
+    /// Its own name.
+    pub(crate) hostname: String,
+    /// Differs after every start of the host.
+    pub(crate) boot_id: String,
+    /// Kernel release.
+    pub(crate) kernel: String,
+    /// Machine architecture.
+    pub(crate) arch: String,
+    /// What the processor can do.
+    pub(crate) cpu_flags: BTreeSet<String>,
+    /// `v1`, `v2` or `hybrid`.
+    pub(crate) cgroups: String,
+    /// First line of `criu --version`'s number, `None` where criu does not start.
+    pub(crate) criu: Option<String>,
+    /// Version of runc, `None` where it does not start.
+    pub(crate) runc: Option<String>,
+    /// Whether `nft` starts.
+    pub(crate) nft: bool,
+    /// Whether the shim is in the path.
+    pub(crate) shim: bool,
+    /// Version of containerd.
+    pub(crate) containerd: String,
+    /// Version of this ferry.
+    pub(crate) ferry: String,
+}
+
+impl HostFacts {
+    /// Gathers the facts of this host.
+    pub(crate) fn gather(containerd: String) -> Self {
+        let uname = nix::sys::utsname::uname().ok();
+        let text = |f: fn(&nix::sys::utsname::UtsName) -> &std::ffi::OsStr| {
+            uname.as_ref().map(|u| f(u).to_string_lossy().into_owned()).unwrap_or_default()
+        };
+        Self {
+            hostname: text(|u| u.nodename()),
+            boot_id: read("/proc/sys/kernel/random/boot_id"),
+            kernel: text(|u| u.release()),
+            arch: text(|u| u.machine()),
+            cpu_flags: cpu_flags(&read("/proc/cpuinfo")),
+            cgroups: cgroups(&read("/proc/self/mounts")).to_owned(),
+            criu: version_of("criu", "Version:"),
+            runc: version_of("runc", "runc version"),
+            nft: Command::new("nft").arg("--version").output().is_ok_and(|o| o.status.success()),
+            shim: in_path("containerd-shim-ferry-v2"),
+            containerd,
+            ferry: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(path).unwrap_or_default().trim().to_owned()
+}
+
+fn version_of(program: &str, prefix: &str) -> Option<String> {
+    let output = Command::new(program).arg("--version").output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let line = text.lines().find_map(|l| l.strip_prefix(prefix))?;
+    output.status.success().then(|| line.trim().to_owned())
+}
+
+fn in_path(program: &str) -> bool {
+    std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
+}
+
+/// The flags that are worth comparing: those the first processor lists.
+fn cpu_flags(cpuinfo: &str) -> BTreeSet<String> {
+    cpuinfo
+        .lines()
+        .find_map(|l| l.strip_prefix("flags")?.split_once(':'))
+        .map(|(_, flags)| flags.split_whitespace().map(str::to_owned).collect())
+        .unwrap_or_default()
+}
+
+fn cgroups(mounts: &str) -> &'static str {
+    let has = |fs_type: &str| {
+        mounts.lines().any(|l| {
+            let mut fields = l.split(' ').skip(1);
+            fields.next().is_some_and(|m| m.starts_with("/sys/fs/cgroup"))
+                && fields.next() == Some(fs_type)
+        })
+    };
+    match (has("cgroup"), has("cgroup2")) {
+        (true, true) => "hybrid",
+        (true, false) => "v1",
+        _ => "v2",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cgroup_layouts_are_told_apart() {
+        let v1 = "cgroup /sys/fs/cgroup/freezer cgroup rw 0 0\n";
+        let v2 = "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n";
+        assert_eq!(cgroups(v1), "v1");
+        assert_eq!(cgroups(v2), "v2");
+        assert_eq!(cgroups(&format!("{v1}{v2}")), "hybrid");
+    }
+
+    #[test]
+    fn flags_of_the_first_processor_are_read() {
+        let flags = cpu_flags("processor : 0\nflags\t\t: fpu avx2\n\nflags : other\n");
+        assert_eq!(flags.into_iter().collect::<Vec<_>>(), ["avx2", "fpu"]);
+    }
+}

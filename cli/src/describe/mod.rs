@@ -1,0 +1,13 @@
+//! What two hosts and a container are, and what of it stands in the way of a move.
+//!
+//! ```text
+//!   host.rs       facts of a host (both ends)            ─┐
+//!   container.rs  facts of the container (source)        ─┼─▶ checks.rs: pure, gives named blockers
+//!   room.rs       facts of the place it goes to (dest.)  ─┘
+//! ```
+//! Facts are gathered without changing anything; only `checks` judges them.
+
+pub(crate) mod checks;
+pub(crate) mod container;
+pub(crate) mod host;
+pub(crate) mod room;

@@ -1,0 +1,480 @@
+//! `ferry migrate`: one running container from this host to another.
+//!
+//! ```text
+//!  source.rs (here)                              agent/destination.rs (there)
+//!  connect ─ plan ─ image ─ container ─ layer ─ address      all while the container runs
+//!  FREEZE ─ dump ─ transfer ──────────────────────────────▶  restore, held
+//!  COMMIT  the source records: the destination shall run it
+//!  ────────────────────────────────────────────── release ▶  the destination records: it runs here
+//!  retire ◀───────────────────────────────────────────────   finish
+//! ```
+//! Before the commit every failure ends with the container running here and the destination clean
+//! ([`rollback`]). After it, nothing here may thaw: [`settle`] asks the destination, which answers
+//! for good, and either ends the source or brings it back.
+
+mod failure;
+mod fault;
+
+mod plan;
+mod report;
+pub(crate) mod settle;
+mod source;
+mod timeline;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use ferry_cli::phase::Phase;
+use ferry_oci::layer::Pass;
+use ferry_oci::record::Record;
+
+use crate::containerd::{Containerd, Stdio};
+use crate::describe::checks::{self, Facts, blockers};
+use crate::describe::host::HostFacts;
+use crate::describe::room::RoomRequest;
+use crate::lock;
+use crate::network::address::{self, Cidr};
+use crate::transport::link::{Link, unexpected};
+use crate::transport::ssh::Destination;
+use crate::wire::messages::{ContainerdAddress, ImageSpec, NewContainer, Reply, Request};
+use failure::{Failure, Whereabouts};
+use timeline::Timeline;
+use plan::Plan;
+use report::{Bytes, Report, downtime};
+use source::Source;
+
+/// The only mode so far.
+const MODE: &str = "stop";
+
+/// What the operator asked for.
+#[derive(Debug, Clone)]
+pub(crate) struct Options {
+    /// Container id.
+    pub(crate) container: String,
+    /// Where to, as given and as understood.
+    pub(crate) to: (String, Destination),
+    /// The address that moves.
+    pub(crate) ip: Option<Cidr>,
+    /// Command that starts the agent there.
+    pub(crate) agent: String,
+    /// containerd, on both hosts.
+    pub(crate) containerd: ContainerdAddress,
+    /// Stop after the plan.
+    pub(crate) dry_run: bool,
+    /// Print JSON.
+    pub(crate) json: bool,
+}
+
+/// One migration under way, from the driver's side.
+struct Migration {
+    options: Options,
+    id: String,
+    /// Interface here that has the address.
+    device: String,
+    timeline: Timeline,
+    bytes: Bytes,
+    started: Instant,
+}
+
+/// Runs `ferry migrate`.
+///
+/// # Errors
+/// When the container was not moved; the text says where it runs.
+pub(crate) async fn run(options: Options) -> Result<()> {
+    let name = format!("driver-{}-{}", options.containerd.namespace, options.container);
+    let driver = lock::take(&name, Duration::ZERO)
+        .await
+        .with_context(|| format!("{} is being moved", options.container))?;
+    let result = run_locked(options).await;
+    lock::remove(&name, driver);
+    result
+}
+
+async fn run_locked(options: Options) -> Result<()> {
+    if let Some(record) = earlier(&options)? {
+        return settle::resume(&options, &record).await;
+    }
+    let mut migration = Migration {
+        id: new_id(),
+        device: String::new(),
+        timeline: Timeline::new(options.json),
+        bytes: Bytes::default(),
+        started: Instant::now(),
+        options,
+    };
+    let (mut source, mut link) = migration.connect().await?;
+    let plan = migration.plan(&source, &mut link).await?;
+    if migration.options.dry_run || !plan.blockers.is_empty() {
+        return show(&plan, migration.options.json);
+    }
+    if !migration.options.json {
+        eprint!("{}", plan.text());
+    }
+    // From here on something may have changed.
+    let frozen = match migration.prepare_and_hold(&mut source, &mut link).await {
+        Ok(frozen) => frozen,
+        Err(failure) => return Err(migration.rollback(failure, &source, link).await),
+    };
+    if let Err(failure) = migration.commit(&source).await {
+        return Err(migration.rollback(failure, &source, link).await);
+    }
+    // Committed: no rollback from here on.
+    let report = migration.complete(frozen, &source, link).await?;
+    show_report(&report, migration.options.json)
+}
+
+/// What is known when the destination holds the container.
+struct Held {
+    frozen_at: Instant,
+    freeze_us: u64,
+    stdout: String,
+}
+
+impl Migration {
+    async fn connect(&mut self) -> Result<(Source, Link)> {
+        let options = &self.options;
+        let id = self.id.clone();
+        let work = async {
+            let source = Source::find(&options.containerd, &options.container, id).await?;
+            let link = Link::open(&options.to.1, &options.agent, options.containerd.clone())
+                .await
+                .with_context(|| format!("host {}", options.to.1.host()))?;
+            Ok((source, link))
+        };
+        let result = self.timeline.run(Phase::Connect, work).await;
+        result.map_err(|failure| self.tell(&failure))
+    }
+
+    async fn plan(&mut self, source: &Source, link: &mut Link) -> Result<Plan> {
+        let options = &self.options;
+        let patience = Phase::Plan.deadline();
+        let work = async {
+            let version = source.containerd.version().await?;
+            let here = HostFacts::gather(version);
+            let there = match link.ask(&Request::DescribeHost, patience).await? {
+                Reply::Host(facts) => *facts,
+                other => return Err(unexpected(&other)),
+            };
+            let request = RoomRequest {
+                id: options.container.clone(),
+                ip: options.ip,
+                paths: checks::paths_needed(&source.facts),
+            };
+            let room = match link.ask(&Request::DescribeRoom(request), patience).await? {
+                Reply::Room(room) => room,
+                other => return Err(unexpected(&other)),
+            };
+            let device = match options.ip {
+                Some(cidr) => address::device_with(cidr.ip)?,
+                None => None,
+            };
+            let found = blockers(&Facts {
+                source: &here,
+                destination: &there,
+                container: &source.facts,
+                room: &room,
+                ip: options.ip,
+                ip_on_source: device.as_deref(),
+            });
+            let plan = Plan {
+                container: options.container.clone(),
+                migration: self.id.clone(),
+                mode: MODE,
+                ip: options.ip.map(|c| c.to_string()),
+                source: here,
+                destination: there,
+                facts: source.facts.clone(),
+                image_bytes: source.content.blobs.iter().map(|b| b.size).sum(),
+                blockers: found,
+            };
+            Ok((plan, device.unwrap_or_default()))
+        };
+        let result = self.timeline.run(Phase::Plan, work).await;
+        let (plan, device) = result.map_err(|failure| self.tell(&failure))?;
+        self.device = device;
+        Ok(plan)
+    }
+
+    /// Everything up to the held restore.
+    async fn prepare_and_hold(
+        &mut self,
+        source: &mut Source,
+        link: &mut Link,
+    ) -> Result<Held, Failure> {
+        let Self { options, id, timeline, bytes, .. } = self;
+        let stdio = stdio_there(source, &options.containerd.namespace, &options.container);
+        let stdout = stdio.stdout.clone();
+
+        let patience = Phase::Image.deadline();
+        bytes.image = timeline
+            .run(Phase::Image, async {
+                let container = options.container.clone();
+                let begin = Request::Begin { migration: id.clone(), container };
+                link.order(&begin, patience).await?;
+                let sent = source.send_blobs(link, patience).await?;
+                let image = ImageSpec {
+                    name: source.image.name.clone(),
+                    target: source.image.target.clone(),
+                    labels: source.image.labels.clone(),
+                    snapshotter: source.record.snapshotter.clone(),
+                    chain: source.content.chain_id().to_owned(),
+                };
+                link.order(&Request::PutImage(image), patience).await?;
+                Ok(sent)
+            })
+            .await?;
+
+        let new = NewContainer {
+            record: source.record.clone(),
+            chain: source.content.chain_id().to_owned(),
+            snapshot: source.layer.snapshot.kind,
+            stdio,
+        };
+        let patience = Phase::Container.deadline();
+        let order = Request::PutContainer(Box::new(new));
+        timeline.run(Phase::Container, link.order(&order, patience)).await?;
+
+        let patience = Phase::Layer.deadline();
+        bytes.layer = timeline
+            .run(Phase::Layer, source.send_layer(link, Pass::Live, patience))
+            .await?;
+
+        let patience = Phase::Address.deadline();
+        timeline
+            .run(Phase::Address, async {
+                match options.ip {
+                    Some(cidr) => link.order(&Request::PutAddress(cidr), patience).await,
+                    None => Ok(()),
+                }
+            })
+            .await?;
+
+        let freeze_us = timeline.run(Phase::Freeze, source.freeze(options.ip)).await?;
+        let frozen_at = Instant::now() - Duration::from_micros(freeze_us);
+        let dump = timeline.run(Phase::Dump, source.dump()).await?;
+
+        let patience = Phase::Transfer.deadline();
+        (bytes.pages, bytes.images, bytes.layer_delta) = timeline
+            .run(Phase::Transfer, async {
+                let delta = source.send_layer(link, Pass::Frozen, patience).await?;
+                let (pages, rest) =
+                    source.send_images(link, &dump.images_path, patience).await?;
+                Ok((pages, rest, delta))
+            })
+            .await?;
+
+        let patience = Phase::Restore.deadline();
+        timeline
+            .run(Phase::Restore, async {
+                match link.ask(&Request::Restore, patience).await? {
+                    Reply::Held { .. } => Ok(()),
+                    other => Err(unexpected(&other)),
+                }
+            })
+            .await?;
+        Ok(Held { frozen_at, freeze_us, stdout })
+    }
+
+    async fn commit(&mut self, source: &Source) -> Result<(), Failure> {
+        let (to, ip) = (&self.options.to.0, self.options.ip);
+        self.timeline.run(Phase::Commit, source.commit(to, ip, &self.device)).await
+    }
+
+    /// After the commit: release there, retire here. Whatever fails is settled with the
+    /// destination, never rolled back.
+    async fn complete(&mut self, held: Held, source: &Source, mut link: Link) -> Result<Report> {
+        let patience = Phase::Release.deadline();
+        let released = self
+            .timeline
+            .run(Phase::Release, async {
+                match link.ask(&Request::Commit, patience).await? {
+                    Reply::Running { release_us, network_us } => Ok((release_us, network_us)),
+                    other => Err(unexpected(&other)),
+                }
+            })
+            .await;
+        let downtime_us = micros(held.frozen_at);
+        let record = Record::read(&self.id)?.context("the record of the commit is gone")?;
+        let mut warnings = Vec::new();
+        let (release_us, network_us) = match released {
+            Ok(times) => times,
+            Err(failure) => {
+                // The reply is lost, the decision is not: ask another agent.
+                let sent = link.sent();
+                drop(link);
+                let outcome = settle::ask(&self.options, &record).await;
+                let outcome = outcome.map_err(|error| {
+                    let doubt = Failure::new(failure.phase(), error.context(failure.to_string()));
+                    self.tell(&doubt.at(Whereabouts::InDoubt))
+                })?;
+                settle::act(&self.options, &record, outcome, &failure.to_string()).await?;
+                warnings.push(format!("the first agent was lost ({failure})"));
+                return Ok(self.report(held, source, (0, 0), downtime_us, sent, warnings));
+            }
+        };
+        let retire = source::retire(&source.containerd, &self.options.containerd, &record);
+        if let Err(failure) = self.timeline.run(Phase::Retire, retire).await {
+            return Err(self.tell(&failure.at(Whereabouts::Destination)));
+        }
+        let patience = Phase::Finish.deadline();
+        let finish = link.order(&Request::Finish, patience);
+        if let Err(failure) = self.timeline.run(Phase::Finish, finish).await {
+            // Only marks are left there; another agent removes them.
+            drop(link);
+            settle::ask(&self.options, &record)
+                .await
+                .map_err(|_| self.tell(&failure.at(Whereabouts::Destination)))?;
+            source::forget(&self.id)?;
+            warnings.push("the first agent was lost while it finished".to_owned());
+            let times = (release_us, network_us);
+            return Ok(self.report(held, source, times, downtime_us, 0, warnings));
+        }
+        source::forget(&self.id)?;
+        let times = (release_us, network_us);
+        Ok(self.report(held, source, times, downtime_us, link.sent(), warnings))
+    }
+
+    /// Undoes everything on both sides. The container runs here afterwards.
+    async fn rollback(&self, failure: Failure, source: &Source, mut link: Link) -> anyhow::Error {
+        let mut failure = failure;
+        // Here first: this is what the clients wait for.
+        if failure.phase() >= Phase::Freeze
+            && let Err(error) = source.thaw().await
+        {
+            let what = format!("thaw here: {error:#}");
+            failure = failure.leaves(what).at(Whereabouts::InDoubt);
+        }
+        let patience = Duration::from_secs(60);
+        if link.order(&Request::Abort, patience).await.is_err() {
+            // The agent is lost, or busy beyond its deadline: it undoes by itself when its input
+            // ends, and a second one waits for it or does it in its place.
+            let host = link.host().to_owned();
+            drop(link);
+            let settled = settle::ask_about(&self.options, &self.id, self.options.ip).await;
+            if let Err(error) = settled {
+                failure = failure.leaves(format!(
+                    "{host} may have leftovers of migration {}, which it removes when it is \
+                     asked again ({error:#})",
+                    self.id
+                ));
+            }
+        }
+        self.tell(&failure)
+    }
+
+    fn tell(&self, failure: &Failure) -> anyhow::Error {
+        let here = hostname();
+        let there = self.options.to.1.host();
+        anyhow::anyhow!(failure.tell(&self.options.container, &here, there))
+    }
+
+    fn report(
+        &self,
+        held: Held,
+        source: &Source,
+        (release_us, network_us): (u64, u64),
+        downtime_us: u64,
+        sent: u64,
+        warnings: Vec<String>,
+    ) -> Report {
+        Report {
+            container: self.options.container.clone(),
+            migration: self.id.clone(),
+            source: hostname(),
+            destination: self.options.to.1.host().to_owned(),
+            mode: MODE,
+            stdout: held.stdout.trim_start_matches("file://").to_owned(),
+            resident: source.facts.resident,
+            downtime: downtime(
+                &self.timeline,
+                held.freeze_us,
+                release_us,
+                network_us,
+                downtime_us,
+            ),
+            total_us: micros(self.started),
+            bytes: Bytes { total: sent, ..self.bytes },
+            phases: self.timeline.took().to_vec(),
+            warnings,
+        }
+    }
+}
+
+/// The record of an earlier migration of the same container that was decided and not finished.
+fn earlier(options: &Options) -> Result<Option<Record>> {
+    let records = Record::all().context("read the records of earlier migrations")?;
+    Ok(records.into_iter().find(|r| {
+        // A record without a destination speaks of a container that came here.
+        !r.destination.is_empty()
+            && r.container == options.container
+            && r.namespace == options.containerd.namespace
+    }))
+}
+
+/// Stdio of the task on the destination: a FIFO's reader stays behind, so a file takes its place.
+fn stdio_there(source: &Source, namespace: &str, id: &str) -> Stdio {
+    let there = |given: &String, name: &str| match given.as_str() {
+        "" => String::new(),
+        uri if uri.starts_with("file://") => uri.to_owned(),
+        _ => format!("file:///var/log/ferry/{namespace}/{id}/{name}.log"),
+    };
+    let [_, stdout, stderr] = &source.stdio;
+    Stdio {
+        // Nobody types there: an empty input never ends and never blocks a writer.
+        stdin: String::new(),
+        stdout: there(stdout, "stdout"),
+        stderr: there(stderr, "stderr"),
+        terminal: false,
+    }
+}
+
+fn show(plan: &Plan, json: bool) -> Result<()> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(plan)?);
+    } else {
+        print!("{}", plan.text());
+    }
+    if let Some(first) = plan.blockers.first() {
+        bail!(
+            "{} runs on {} as before: {} ({} in all)",
+            plan.container,
+            plan.source.hostname,
+            first.name,
+            plan.blockers.len()
+        );
+    }
+    Ok(())
+}
+
+fn show_report(report: &Report, json: bool) -> Result<()> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(report)?);
+    } else {
+        print!("{}", report.table());
+    }
+    Ok(())
+}
+
+/// An id that is unique among the migrations of both hosts.
+fn new_id() -> String {
+    let since = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
+    format!("m{:x}-{:x}", since.as_micros(), std::process::id())
+}
+
+pub(crate) fn hostname() -> String {
+    nix::unistd::gethostname().map_or_else(
+        |_| "this host".to_owned(),
+        |name| name.to_string_lossy().into_owned(),
+    )
+}
+
+fn micros(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+/// A client of this host's containerd, for commands that need no container.
+pub(crate) async fn containerd(address: &ContainerdAddress) -> Result<Containerd> {
+    Ok(Containerd::connect(&address.socket, &address.namespace).await?)
+}

@@ -1,0 +1,307 @@
+//! One migration at its source: the mirror of `agent::destination`.
+//!
+//! Differences from the destination: nothing is made here, so undoing is only thawing; and this
+//! side decides first. [`Source::commit`] writes down that the destination shall run the
+//! container; from then on the shim never thaws it by itself, and only the destination's word
+//! brings it back.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use ferry_oci::api::ferry::{CommitRequest, DumpResponse};
+use ferry_oci::layer::{self, Manifest, Pass};
+use ferry_oci::record::Record;
+use ferry_oci::{paths, quarantine};
+
+use crate::agent::cleanup::nft;
+use crate::containerd::{Containerd, ContainerRecord, Image, ImageContent, WritableLayer};
+use crate::describe::container::{ContainerFacts, FromRecord};
+use crate::network::address::{self, Cidr};
+use crate::shim::{self, Shim};
+use crate::transport::link::Link;
+use crate::wire::messages::{ContainerdAddress, ImageFile, Reply, Request};
+use crate::wire::stream;
+
+/// What the frozen container may cost at least, before its size counts.
+const FREEZE_MIN: Duration = Duration::from_secs(120);
+/// Slowest link the freeze's limit allows for, bytes per second.
+const SLOWEST: u64 = 4 << 20;
+
+/// The container on its source host.
+pub(super) struct Source {
+    pub(super) containerd: Containerd,
+    shim: Shim,
+    pub(super) record: ContainerRecord,
+    pub(super) image: Image,
+    pub(super) content: ImageContent,
+    pub(super) layer: WritableLayer,
+    pub(super) facts: ContainerFacts,
+    /// Stdio as the task was created with: stdin, stdout, stderr.
+    pub(super) stdio: [String; 3],
+    migration: String,
+    /// Writable layer as it was sent last.
+    sent_layer: Manifest,
+}
+
+impl Source {
+    /// Finds the container and gathers its facts. Changes nothing.
+    ///
+    /// # Errors
+    /// When it is not there, does not run, or is not ferry's.
+    pub(super) async fn find(
+        address: &ContainerdAddress,
+        id: &str,
+        migration: String,
+    ) -> Result<Self> {
+        let containerd = Containerd::connect(&address.socket, &address.namespace).await?;
+        let record = containerd.container(id).await?.with_context(|| {
+            format!("there is no container {id} in namespace {}", address.namespace)
+        })?;
+        containerd.task(id).await?.with_context(|| format!("{id} is not running: start it"))?;
+        let bundle = shim::bundle(&address.socket, &address.namespace, id);
+        let shim = Shim::connect(&bundle, id).await?.with_context(|| {
+            format!(
+                "{id} runs with {}: start it with --runtime {}",
+                record.runtime,
+                crate::describe::checks::RUNTIME
+            )
+        })?;
+        let description = shim.describe().await?;
+        let facts = ContainerFacts::gather(
+            FromRecord {
+                image: &record.image,
+                runtime: &record.runtime,
+                snapshotter: &record.snapshotter,
+                sandbox: &record.sandbox,
+                labels: record.labels.clone(),
+                spec: &record.spec.value,
+            },
+            &description,
+        )?;
+        let image = containerd
+            .image(&record.image)
+            .await?
+            .with_context(|| format!("the image {} of {id} is gone", record.image))?;
+        let parent =
+            containerd.snapshot(&record.snapshotter, &record.snapshot_key).await?.map(|s| s.parent);
+        let content = containerd.image_content(&image.target, parent.as_deref()).await?;
+        let layer = containerd.writable_layer(&record, content.chain_id()).await?;
+        let stdio = [description.stdin, description.stdout, description.stderr];
+        Ok(Self {
+            containerd,
+            shim,
+            record,
+            image,
+            content,
+            layer,
+            facts,
+            stdio,
+            migration,
+            sent_layer: Manifest::default(),
+        })
+    }
+
+    /// How long the container may stay frozen without a commit, from its size.
+    pub(super) fn freeze_limit(&self) -> Duration {
+        FREEZE_MIN + Duration::from_secs(self.facts.resident / SLOWEST)
+    }
+
+    /// Sends the blobs of the image that the destination lacks.
+    ///
+    /// # Errors
+    /// When a blob cannot be read or the destination refuses it.
+    pub(super) async fn send_blobs(&self, link: &mut Link, patience: Duration) -> Result<u64> {
+        let wanted = Request::MissingBlobs(self.content.blobs.clone());
+        let missing = match link.ask(&wanted, patience).await? {
+            Reply::Missing(missing) => missing,
+            other => return Err(crate::transport::link::unexpected(&other)),
+        };
+        let mut total = 0;
+        for blob in missing {
+            let mut reader = self.containerd.read_blob(&blob.digest, 0).await?;
+            link.send(&Request::PutBlob(blob)).await?;
+            let (to, chunks) = tokio::sync::mpsc::channel(8);
+            let read = async move {
+                while let Some(chunk) = reader.chunk().await? {
+                    if to.send(chunk).await.is_err() {
+                        break;
+                    }
+                }
+                anyhow::Ok(())
+            };
+            let (read, sent) = tokio::join!(read, link.stream(chunks));
+            read?;
+            total += sent?;
+            link.done(patience).await?;
+        }
+        Ok(total)
+    }
+
+    /// Sends what changed in the writable layer since it was sent last; bytes sent.
+    ///
+    /// # Errors
+    /// When the layer cannot be read or the destination cannot write it.
+    pub(super) async fn send_layer(
+        &mut self,
+        link: &mut Link,
+        pass: Pass,
+        patience: Duration,
+    ) -> Result<u64> {
+        let Some(upper) = self.layer.upperdir.clone() else { return Ok(0) };
+        let before = std::mem::take(&mut self.sent_layer);
+        let live = matches!(pass, Pass::Live);
+        let from = upper.clone();
+        let (manifest, changes) = tokio::task::spawn_blocking(move || {
+            let now = if live { layer::scan(&from)? } else { layer::rescan(&from, &before)? };
+            let changes = layer::delta(&before, &now);
+            anyhow::Ok((now, changes))
+        })
+        .await?
+        .context("read the writable layer")?;
+        self.sent_layer = manifest;
+        if changes.is_empty() {
+            return Ok(0);
+        }
+        link.send(&Request::PutLayer).await?;
+        let (mut writer, chunks) = stream::writer();
+        let encode = tokio::task::spawn_blocking(move || {
+            let encoded = layer::encode(&upper, &changes, pass, &mut writer)?;
+            std::io::Write::flush(&mut writer)?;
+            anyhow::Ok(encoded)
+        });
+        let sent = link.stream(chunks).await?;
+        let encoded = encode.await?.context("read the writable layer")?;
+        self.sent_layer.forget(&encoded.unsettled);
+        link.done(patience).await?;
+        Ok(sent)
+    }
+
+    /// Locks the connections on the moved address and freezes. Microseconds the freezer took.
+    ///
+    /// # Errors
+    /// When it cannot be frozen; it runs then.
+    pub(super) async fn freeze(&self, ip: Option<Cidr>) -> Result<u64> {
+        let addresses = ip.iter().map(|c| c.ip.to_string()).collect();
+        let frozen = self.shim.freeze(&self.migration, addresses, self.freeze_limit()).await?;
+        Ok(frozen.freeze_us)
+    }
+
+    /// Dumps the frozen container.
+    ///
+    /// # Errors
+    /// With CRIU's first error.
+    pub(super) async fn dump(&self) -> Result<DumpResponse> {
+        self.shim.dump(&self.migration, self.freeze_limit()).await
+    }
+
+    /// Sends every file of the dump as one stream. Bytes of pages, and of everything else.
+    ///
+    /// # Errors
+    /// When a file cannot be read or the destination has no room.
+    pub(super) async fn send_images(
+        &self,
+        link: &mut Link,
+        images: &str,
+        patience: Duration,
+    ) -> Result<(u64, u64)> {
+        let dir = PathBuf::from(images);
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(&dir).context("read the images")? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            // Logs and the like stay here.
+            let wanted = name.ends_with(".img") || name.ends_with(".json");
+            if wanted && entry.file_type()?.is_file() {
+                files.push(ImageFile { name, size: entry.metadata()?.len() });
+            }
+        }
+        ensure!(!files.is_empty(), "the dump left no images");
+        link.send(&Request::PutImages(files.clone())).await?;
+        let (mut pages, mut rest) = (0, 0);
+        for file in &files {
+            link.file(&dir.join(&file.name), file.size).await?;
+            *(if file.name.starts_with("pages-") { &mut pages } else { &mut rest }) += file.size;
+        }
+        link.end_stream().await?;
+        link.done(patience).await?;
+        Ok((pages, rest))
+    }
+
+    /// **The commit.** When this returns, the shim has written down that the destination shall run
+    /// the container, and no error from here on may reach a rollback: it is settled with the
+    /// destination instead.
+    ///
+    /// # Errors
+    /// When the shim has rolled back already (its lease or its limit ended); nothing is decided.
+    pub(super) async fn commit(&self, to: &str, ip: Option<Cidr>, device: &str) -> Result<()> {
+        let request = CommitRequest {
+            migration: self.migration.clone(),
+            destination: to.to_owned(),
+            ip: ip.map(|c| c.to_string()).unwrap_or_default(),
+            device: device.to_owned(),
+            ..Default::default()
+        };
+        self.shim.commit(request).await
+    }
+
+    /// Thaws and unlocks. Only before the commit.
+    ///
+    /// # Errors
+    /// When the shim cannot; it says why.
+    pub(super) async fn thaw(&self) -> Result<()> {
+        self.shim.thaw(&self.migration).await
+    }
+}
+
+/// Ends what is left on the source of a container that runs on the destination. Every step can be
+/// repeated, so that it can be taken up by another driver.
+///
+/// # Errors
+/// When a step fails; the ones after it have not been taken.
+pub(super) async fn retire(
+    containerd: &Containerd,
+    address: &ContainerdAddress,
+    record: &Record,
+) -> Result<()> {
+    let bundle = shim::bundle(&address.socket, &address.namespace, &record.container);
+    if let Ok(Some(shim)) = Shim::connect(&bundle, &record.container).await {
+        shim.retire(&record.migration).await.context("end the frozen tasks")?;
+    }
+    if let Ok(cidr) = record.ip.parse::<Cidr>() {
+        address::remove(cidr.ip).await?;
+    }
+    nft(quarantine::remove(&record.migration)).await?;
+    containerd.delete_source(&record.container).await?;
+    remove_images(&record.migration)
+}
+
+/// Brings a container back whose destination has said that it does not run it.
+///
+/// # Errors
+/// When the shim is gone, and the container with it.
+pub(super) async fn revert(address: &ContainerdAddress, record: &Record) -> Result<()> {
+    let bundle = shim::bundle(&address.socket, &address.namespace, &record.container);
+    let shim = Shim::connect(&bundle, &record.container)
+        .await?
+        .with_context(|| format!("the shim of {} is gone", record.container))?;
+    shim.revert(&record.migration).await
+}
+
+/// Forgets a migration that is over on both sides.
+///
+/// # Errors
+/// When the record cannot be removed.
+pub(super) fn forget(migration: &str) -> Result<()> {
+    Record::remove(migration).context("remove the migration's record")
+}
+
+fn remove_images(migration: &str) -> Result<()> {
+    let path = paths::images(migration);
+    match std::fs::remove_dir_all(&path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,83 @@
+//! The one wrapper around every phase: deadline, time, progress, fault point.
+
+use std::future::Future;
+use std::time::Instant;
+
+use anyhow::Result;
+use ferry_cli::phase::Phase;
+use serde::Serialize;
+use tokio::time::timeout;
+
+use super::failure::Failure;
+use super::fault;
+
+/// One phase that has ended.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(crate) struct Took {
+    /// Which.
+    pub(crate) phase: Phase,
+    /// From start to end.
+    pub(crate) micros: u64,
+}
+
+/// Runs phases, one after the other, and keeps their times.
+#[derive(Debug, Default)]
+pub(crate) struct Timeline {
+    took: Vec<Took>,
+    quiet: bool,
+}
+
+impl Timeline {
+    /// A timeline that tells its progress on standard error, unless `quiet`.
+    pub(crate) fn new(quiet: bool) -> Self {
+        Self { took: Vec::new(), quiet }
+    }
+
+    /// Runs one phase within its deadline.
+    ///
+    /// # Errors
+    /// With the phase's error, marked with the phase.
+    pub(crate) async fn run<T>(
+        &mut self,
+        phase: Phase,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T, Failure> {
+        fault::point(phase).await;
+        let start = Instant::now();
+        let result = match timeout(phase.deadline(), work).await {
+            Ok(result) => result.map_err(|error| Failure::new(phase, error)),
+            Err(_) => Err(Failure::deadline(phase)),
+        };
+        let micros = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.took.push(Took { phase, micros });
+        if !self.quiet {
+            let mark = if result.is_ok() { "" } else { "  failed" };
+            eprintln!("  {:<10} {:>9.1} ms{mark}", phase.name(), micros as f64 / 1000.0);
+        }
+        result
+    }
+
+    /// The phases that have ended.
+    pub(crate) fn took(&self) -> &[Took] {
+        &self.took
+    }
+
+    /// Microseconds of one phase; 0 when it did not run.
+    pub(crate) fn micros(&self, phase: Phase) -> u64 {
+        self.took.iter().filter(|t| t.phase == phase).map(|t| t.micros).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_failed_phase_is_timed_and_named() {
+        let mut timeline = Timeline::new(true);
+        let work = async { anyhow::bail!("no route") };
+        let failure = timeline.run::<()>(Phase::Dump, work).await.unwrap_err();
+        assert_eq!(failure.phase(), Phase::Dump);
+        assert_eq!(timeline.took().len(), 1);
+    }
+}

@@ -1,0 +1,218 @@
+//! The protocol on the driver's side: one request at a time, each with a deadline.
+
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, BufWriter};
+use tokio::process::{ChildStdin, ChildStdout};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use super::ssh::{Destination, Session};
+use crate::wire::codec::{self, Frame, MAX_DATA};
+use crate::wire::messages::{ContainerdAddress, Reply, Request};
+
+/// How long the other host may take to answer the first request.
+const HELLO: Duration = Duration::from_secs(20);
+/// How long a stream may stand still.
+const STALL: Duration = Duration::from_secs(60);
+
+/// A connection to the agent on the destination.
+pub(crate) struct Link {
+    session: Session,
+    output: BufReader<ChildStdout>,
+    input: BufWriter<ChildStdin>,
+    host: String,
+    /// Bytes written to the agent, frames included.
+    sent: u64,
+}
+
+impl Link {
+    /// Connects and agrees on the protocol.
+    ///
+    /// # Errors
+    /// When the host cannot be reached, has no ferry, or one of another protocol.
+    pub(crate) async fn open(
+        to: &Destination,
+        agent: &str,
+        containerd: ContainerdAddress,
+    ) -> Result<Self> {
+        let (session, output, input) = Session::open(to, agent)?;
+        let mut link = Self {
+            session,
+            output: BufReader::with_capacity(1 << 16, output),
+            input: BufWriter::with_capacity(1 << 16, input),
+            host: to.host().to_owned(),
+            sent: 0,
+        };
+        let hello = Request::Hello {
+            protocol: ferry_oci::PROTOCOL,
+            ferry: env!("CARGO_PKG_VERSION").to_owned(),
+            containerd,
+        };
+        match link.ask(&hello, HELLO).await? {
+            Reply::Hello { protocol: ferry_oci::PROTOCOL, .. } => Ok(link),
+            Reply::Hello { protocol, ferry } => bail!(
+                "ferry {ferry} there speaks protocol {protocol}, this one {}: \
+                 install the same version on both hosts",
+                ferry_oci::PROTOCOL
+            ),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Name of the host at the other end.
+    pub(crate) fn host(&self) -> &str {
+        &self.host
+    }
+
+    /// Bytes sent so far.
+    pub(crate) fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    /// Sends a request and waits for its reply.
+    ///
+    /// # Errors
+    /// When the agent refuses, the connection breaks, or `deadline` passes.
+    pub(crate) async fn ask(&mut self, request: &Request, deadline: Duration) -> Result<Reply> {
+        self.send(request).await?;
+        self.reply(deadline).await
+    }
+
+    /// [`Self::ask`] where nothing but `Done` is expected.
+    ///
+    /// # Errors
+    /// As [`Self::ask`].
+    pub(crate) async fn order(&mut self, request: &Request, deadline: Duration) -> Result<()> {
+        match self.ask(request, deadline).await? {
+            Reply::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Sends a request that announces a stream.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub(crate) async fn send(&mut self, request: &Request) -> Result<()> {
+        let bytes = serde_json::to_vec(request).context("encode a request")?;
+        self.frame(Frame::Message(bytes)).await?;
+        self.flush().await
+    }
+
+    /// Sends the chunks of a stream and its end.
+    ///
+    /// # Errors
+    /// When the connection breaks or stands still.
+    pub(crate) async fn stream(&mut self, mut chunks: mpsc::Receiver<Vec<u8>>) -> Result<u64> {
+        let mut total = 0;
+        while let Some(chunk) = chunks.recv().await {
+            for piece in chunk.chunks(MAX_DATA as usize) {
+                total += piece.len() as u64;
+                self.frame(Frame::Data(piece.to_vec())).await?;
+            }
+        }
+        self.end_stream().await?;
+        Ok(total)
+    }
+
+    /// Sends one file as part of a stream that is still open.
+    ///
+    /// # Errors
+    /// When the file is not `size` bytes long or the connection breaks.
+    pub(crate) async fn file(&mut self, path: &Path, size: u64) -> Result<()> {
+        let mut file = tokio::fs::File::open(path)
+            .await
+            .with_context(|| format!("open {}", path.display()))?
+            .take(size);
+        let mut left = size;
+        while left > 0 {
+            let mut piece = vec![0; left.min(u64::from(MAX_DATA)) as usize];
+            file.read_exact(&mut piece)
+                .await
+                .with_context(|| format!("read {}", path.display()))?;
+            left -= piece.len() as u64;
+            self.frame(Frame::Data(piece)).await?;
+        }
+        Ok(())
+    }
+
+    /// Ends an open stream.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub(crate) async fn end_stream(&mut self) -> Result<()> {
+        self.frame(Frame::End).await?;
+        self.flush().await
+    }
+
+    /// Waits for the reply to a request that was sent with a stream.
+    ///
+    /// # Errors
+    /// As [`Self::ask`].
+    pub(crate) async fn reply(&mut self, deadline: Duration) -> Result<Reply> {
+        let frame = match timeout(deadline, codec::read(&mut self.output)).await {
+            Err(_) => bail!("no answer within {} s", deadline.as_secs()),
+            Ok(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => None,
+            Ok(other) => other.context("read from the agent")?,
+        };
+        match frame {
+            None => Err(anyhow!(self.session.diagnose().await)),
+            Some(Frame::Message(bytes)) => {
+                match serde_json::from_slice(&bytes).context("decode the agent's reply")? {
+                    Reply::Refused { error } => Err(anyhow!(error)),
+                    reply => Ok(reply),
+                }
+            }
+            Some(_) => bail!("the agent sent data where a reply was due"),
+        }
+    }
+
+    /// Waits for `Done`.
+    ///
+    /// # Errors
+    /// As [`Self::ask`].
+    pub(crate) async fn done(&mut self, deadline: Duration) -> Result<()> {
+        match self.reply(deadline).await? {
+            Reply::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn frame(&mut self, frame: Frame) -> Result<()> {
+        self.sent += match &frame {
+            Frame::Message(bytes) | Frame::Data(bytes) => 5 + bytes.len() as u64,
+            Frame::End => 5,
+        };
+        let written = timeout(STALL, codec::write(&mut self.input, &frame)).await;
+        self.check(written).await
+    }
+
+    async fn flush(&mut self) -> Result<()> {
+        let flushed = timeout(STALL, self.input.flush()).await;
+        self.check(flushed).await
+    }
+
+    async fn check(
+        &mut self,
+        result: Result<io::Result<()>, tokio::time::error::Elapsed>,
+    ) -> Result<()> {
+        match result {
+            Err(_) => bail!("the connection stood still for {} s", STALL.as_secs()),
+            // A refusal may be waiting: it tells more than a broken pipe does.
+            Ok(Err(_)) => match self.reply(Duration::from_secs(2)).await {
+                Err(error) => Err(error),
+                Ok(other) => Err(unexpected(&other)),
+            },
+            Ok(Ok(())) => Ok(()),
+        }
+    }
+}
+
+/// An error for a reply that does not belong to its request.
+pub(crate) fn unexpected(reply: &Reply) -> anyhow::Error {
+    anyhow!("the agent gave an answer that does not belong to the request: {reply:?}")
+}

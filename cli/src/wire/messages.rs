@@ -1,0 +1,178 @@
+//! Requests of the driver and replies of the agent.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::containerd::{Blob, ContainerRecord, Descriptor, SnapshotKind, Stdio};
+use crate::describe::host::HostFacts;
+use crate::describe::room::{RoomFacts, RoomRequest};
+use crate::network::address::Cidr;
+
+/// What the driver asks of the agent, in the order of a migration.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Request {
+    /// First of all: do both speak the same protocol?
+    Hello {
+        /// [`ferry_oci::PROTOCOL`] of the driver.
+        protocol: u32,
+        /// Version of the driver's ferry.
+        ferry: String,
+        /// Which containerd the agent is to use.
+        containerd: ContainerdAddress,
+    },
+    /// What the host is. Changes nothing.
+    DescribeHost,
+    /// What the place is that a container is to go to. Changes nothing.
+    DescribeRoom(RoomRequest),
+    /// Starts a migration; everything after it is undone when the connection ends before `Commit`.
+    Begin {
+        /// Id of the migration.
+        migration: String,
+        /// Container id.
+        container: String,
+    },
+    /// Which of these blobs are not in the content store.
+    MissingBlobs(Vec<Blob>),
+    /// One blob; its bytes follow as a stream.
+    PutBlob(Blob),
+    /// The image's record and its unpacked layers.
+    PutImage(ImageSpec),
+    /// The container's record, snapshot and task, created and not started.
+    PutContainer(Box<NewContainer>),
+    /// Changes of the writable layer; they follow as a stream.
+    PutLayer,
+    /// The address, silent until the release.
+    PutAddress(Cidr),
+    /// Checkpoint images; their bytes follow as one stream, file after file.
+    PutImages(Vec<ImageFile>),
+    /// Restores and holds.
+    Restore,
+    /// The commit: the container runs here from now on.
+    Commit,
+    /// Makes what was created permanent and forgets the migration.
+    Finish,
+    /// Undoes everything.
+    Abort,
+    /// What became of a migration whose driver or agent was lost. What was not committed is undone.
+    Settle {
+        /// Id of the migration.
+        migration: String,
+        /// Container id.
+        container: String,
+        /// The address that was to move.
+        ip: Option<Cidr>,
+    },
+}
+
+/// Which containerd, and which namespace of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ContainerdAddress {
+    /// Path of the socket.
+    pub(crate) socket: String,
+    /// Namespace.
+    pub(crate) namespace: String,
+}
+
+/// The image a container was made from.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ImageSpec {
+    /// Name on the source.
+    pub(crate) name: String,
+    /// What the name stands for.
+    pub(crate) target: Descriptor,
+    /// Labels of the image record.
+    pub(crate) labels: BTreeMap<String, String>,
+    /// Where to unpack it.
+    pub(crate) snapshotter: String,
+    /// Chain id of the unpacked layers.
+    pub(crate) chain: String,
+}
+
+/// A container to create.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct NewContainer {
+    /// Its record on the source.
+    pub(crate) record: ContainerRecord,
+    /// Chain id of the image it is based on.
+    pub(crate) chain: String,
+    /// Whether the snapshot is writable.
+    pub(crate) snapshot: SnapshotKind,
+    /// Stdio of the task: each empty or a `file://` URI.
+    pub(crate) stdio: Stdio,
+}
+
+/// One file of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ImageFile {
+    /// Plain name.
+    pub(crate) name: String,
+    /// Length in bytes.
+    pub(crate) size: u64,
+}
+
+/// What the agent answers.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Reply {
+    /// To `Hello`.
+    Hello {
+        /// [`ferry_oci::PROTOCOL`] of the agent.
+        protocol: u32,
+        /// Version of the agent's ferry.
+        ferry: String,
+    },
+    /// To `DescribeHost`.
+    Host(Box<HostFacts>),
+    /// To `DescribeRoom`.
+    Room(RoomFacts),
+    /// To `MissingBlobs`.
+    Missing(Vec<Blob>),
+    /// Done, nothing more to say.
+    Done,
+    /// To `Restore`: held.
+    Held {
+        /// Microseconds from the request until held.
+        restore_us: u64,
+    },
+    /// To `Commit`: runs.
+    Running {
+        /// Microseconds from the request until the tasks run.
+        release_us: u64,
+        /// Microseconds for opening the address and announcing it.
+        network_us: u64,
+    },
+    /// To `Settle`.
+    Settled(Outcome),
+    /// The request failed; unless it was `Commit`, nothing has been decided by it.
+    Refused {
+        /// The chain of causes, outermost first.
+        error: String,
+    },
+}
+
+/// Who has the container, as its destination knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Outcome {
+    /// It runs, or ran, on the destination.
+    Released,
+    /// The destination does not run it, never did and never will; it is clean.
+    NotHere,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_request_is_an_error_not_a_guess() {
+        assert!(serde_json::from_str::<Request>(r#"{"Teleport":{}}"#).is_err());
+        assert!(serde_json::from_str::<Request>("").is_err());
+        assert!(serde_json::from_str::<Request>(r#"{"Hello":{"protocol":1}}"#).is_err());
+    }
+
+    #[test]
+    fn an_address_in_a_request_is_checked_when_it_is_read() {
+        let bad = r#"{"PutAddress":"10.0.0.1/99"}"#;
+        assert!(serde_json::from_str::<Request>(bad).is_err());
+    }
+}

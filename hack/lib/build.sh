@@ -1,0 +1,18 @@
+# shellcheck shell=bash
+# Building the workspace's programs. FERRY_PROFILE is a cargo profile: dev (default) or release.
+# FERRY_FEATURES are cargo features to build them with.
+
+workspace=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+FERRY_PROFILE=${FERRY_PROFILE:-dev}
+
+# program NAME: where the built program is.
+program() {
+    local folder=$FERRY_PROFILE
+    [ "$folder" != dev ] || folder=debug
+    echo "${CARGO_TARGET_DIR:-$workspace/target}/$folder/$1"
+}
+
+build_programs() {
+    (cd "$workspace" &&
+        cargo build --quiet --workspace --bins --profile "$FERRY_PROFILE" --features "${FERRY_FEATURES:-}")
+}

@@ -1,0 +1,102 @@
+//! runc's command line: one small builder per command, and the reader of its log.
+//!
+//! Nothing here starts a process: a builder becomes a [`std::process::Command`] through
+//! [`Runc::command`], and the caller runs it under its own reaper.
+
+mod commands;
+mod log;
+
+pub use commands::{
+    Checkpoint, Create, Delete, Exec, Kill, Pause, Ps, Restore, Resume, Start, State,
+};
+pub use log::{LogError, last_error};
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Folder below which containerd's runc shims keep runc's state, one folder per namespace.
+pub const DEFAULT_ROOT: &str = "/run/containerd/runc";
+
+/// A runc binary and the options that are the same for all of its commands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Runc {
+    /// Binary, looked up in `PATH` unless it is a path.
+    pub binary: PathBuf,
+    /// `--root`: where runc keeps its state.
+    pub root: PathBuf,
+    /// `--systemd-cgroup`: cgroups are made through systemd.
+    pub systemd_cgroup: bool,
+}
+
+impl Runc {
+    /// The runc of `namespace`. Empty `binary` and `root` stand for the defaults, as in
+    /// containerd's runtime options.
+    pub fn new(binary: &str, root: &str, namespace: &str, systemd_cgroup: bool) -> Self {
+        let binary = if binary.is_empty() { "runc" } else { binary };
+        let root = if root.is_empty() { DEFAULT_ROOT } else { root };
+        Self {
+            binary: binary.into(),
+            root: Path::new(root).join(namespace),
+            systemd_cgroup,
+        }
+    }
+
+    /// The command line of `verb`. runc's errors go to `log` as JSON, see [`last_error`].
+    pub fn command(&self, verb: &dyn Verb, log: &Path) -> Command {
+        let mut command = Command::new(&self.binary);
+        command.arg("--root").arg(&self.root);
+        command.arg("--log").arg(log).args(["--log-format", "json"]);
+        if self.systemd_cgroup {
+            command.arg("--systemd-cgroup");
+        }
+        command.arg(verb.name()).args(verb.args());
+        command
+    }
+
+    /// Folder that holds runc's state of container `id`.
+    pub fn state_dir(&self, id: &str) -> PathBuf {
+        self.root.join(id)
+    }
+}
+
+/// One runc command with its options.
+pub trait Verb: Send + Sync {
+    /// The command's name.
+    fn name(&self) -> &'static str;
+    /// What follows the name.
+    fn args(&self) -> Vec<OsString>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn argv(command: &Command) -> Vec<String> {
+        std::iter::once(command.get_program())
+            .chain(command.get_args())
+            .map(|arg| arg.to_string_lossy().into_owned())
+            .collect()
+    }
+
+    #[test]
+    fn defaults_are_those_of_containerd() {
+        let runc = Runc::new("", "", "default", false);
+        let command = runc.command(&Start { id: "a" }, Path::new("/b/log.json"));
+        assert_eq!(
+            argv(&command).join(" "),
+            "runc --root /run/containerd/runc/default --log /b/log.json --log-format json start a"
+        );
+    }
+
+    #[test]
+    fn options_are_honoured() {
+        let runc = Runc::new("/opt/runc", "/r", "k8s.io", true);
+        let command = runc.command(&Pause { id: "a" }, Path::new("l"));
+        assert_eq!(
+            argv(&command).join(" "),
+            "/opt/runc --root /r/k8s.io --log l --log-format json --systemd-cgroup pause a"
+        );
+        assert_eq!(runc.state_dir("a"), Path::new("/r/k8s.io/a"));
+    }
+}

@@ -1,0 +1,94 @@
+//! The `delete` action: containerd calls it after a shim has died, or could not be started.
+
+use crate::error::{Context as _, Result};
+use crate::mounts;
+use crate::options::TaskOptions;
+use ferry_oci::paths;
+use ferry_oci::runc::Delete;
+use log::warn;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// Exit code of a container that was killed with its shim.
+pub(crate) const KILLED: u32 = 128 + 9;
+
+/// Kills what is left of container `id` and removes all of it. Every step is tried; what fails is
+/// reported on stderr, which containerd logs. Returns the pid of init, 0 if unknown.
+pub(crate) fn cleanup(namespace: &str, id: &str, bundle: &Path) -> u32 {
+    let steps = [
+        ("remove the container", delete(namespace, id, bundle)),
+        (
+            "unmount its root file system",
+            mounts::umount(&bundle.join("rootfs")),
+        ),
+        ("remove the Ferry service's socket", remove_ferry_socket(bundle)),
+        ("remove the Task service's socket", remove_task_socket(bundle)),
+    ];
+    for (what, result) in steps {
+        if let Err(err) = result {
+            warn!("{what}: {err}");
+            eprintln!("{what}: {err}");
+        }
+    }
+    let pid = std::fs::read_to_string(bundle.join("init.pid")).unwrap_or_default();
+    pid.trim().parse().unwrap_or_default()
+}
+
+fn delete(namespace: &str, id: &str, bundle: &Path) -> Result<()> {
+    let runc = TaskOptions::read(bundle)?.runc(namespace);
+    let state = runc.state_dir(id);
+    if !state.exists() {
+        return Ok(());
+    }
+    mounts::detach_criu_root(&state)?;
+    let log = bundle.join("log-delete.json");
+    let mut command: Command = runc.command(&Delete { id, force: true }, &log);
+    // Nothing reaps behind our back here: this process runs one action and ends.
+    let output = command.stdin(Stdio::null()).output().context("run runc")?;
+    match output.status.success() || !state.exists() {
+        true => Ok(()),
+        false => {
+            let text = String::from_utf8_lossy(&output.stderr).trim().to_string();
+            Err(crate::error::Error::internal(format!(
+                "runc delete: {text}"
+            )))
+        }
+    }
+}
+
+/// Folder of the Task services' sockets.
+const TASK_SOCKETS: &str = "/run/containerd/s";
+
+/// A dead shim cannot remove its sockets itself.
+fn remove_ferry_socket(bundle: &Path) -> Result<()> {
+    #[derive(serde::Deserialize)]
+    struct Announced {
+        socket: PathBuf,
+    }
+    let Ok(text) = std::fs::read(bundle.join(paths::BUNDLE_FILE)) else {
+        return Ok(());
+    };
+    let announced: Announced = serde_json::from_slice(&text).context("read ferry.json")?;
+    remove_below(&announced.socket, paths::SOCKETS)
+}
+
+fn remove_task_socket(bundle: &Path) -> Result<()> {
+    let Ok(address) = std::fs::read_to_string(bundle.join("address")) else {
+        return Ok(());
+    };
+    let path = address.trim().strip_prefix("unix://").unwrap_or(address.trim());
+    remove_below(Path::new(path), TASK_SOCKETS)
+}
+
+/// Removes the file `path` if it lies directly in `folder`.
+fn remove_below(path: &Path, folder: &str) -> Result<()> {
+    if path.parent() != Some(Path::new(folder)) {
+        return Ok(());
+    }
+    match std::fs::remove_file(path) {
+        Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
+            Err(err).context(format!("remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,236 @@
+//! Dumping a container.
+
+use super::Container;
+use crate::error::{Context as _, Error, Result};
+use crate::state::{Op, admit};
+use containerd_shim::protos::events::task::TaskCheckpointed;
+use containerd_shim::protos::shim::oci::CheckpointOptions;
+use ferry_oci::criu::{self, CONFIG_ENV, Config, DumpOptions, DumpRecord, NetworkLock};
+use ferry_oci::runc::Checkpoint;
+use log::warn;
+use nix::sched::{CloneFlags, setns};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// How long a dump asked for through the Task API may take. It is long because ending CRIU in the
+/// middle of a dump leaves its parasite in the tasks.
+const DEADLINE: Duration = Duration::from_secs(600);
+
+/// A dump.
+pub(crate) struct CheckpointParams {
+    /// Folder for the images, made if missing.
+    pub(crate) images: PathBuf,
+    /// Folder for CRIU's log and statistics, made if missing.
+    pub(crate) work: PathBuf,
+    /// Keep the container: running, or frozen if it was.
+    pub(crate) leave_running: bool,
+    /// What is written down beside the images and replayed at restore.
+    pub(crate) options: DumpOptions,
+    /// Further lines for CRIU's configuration file.
+    pub(crate) extra: Vec<String>,
+    /// After it, runc and CRIU are killed.
+    pub(crate) deadline: Duration,
+}
+
+impl Container {
+    /// The Task API's Checkpoint.
+    pub(crate) async fn checkpoint_task(
+        &self,
+        path: &str,
+        options: CheckpointOptions,
+    ) -> Result<()> {
+        self.admit(Op::Checkpoint)?;
+        let images = match options.image_path.as_str() {
+            "" => path,
+            image_path => image_path,
+        };
+        if images.is_empty() {
+            return Err(Error::invalid_argument("no path for the images is given"));
+        }
+        let own_work = options.work_path.is_empty();
+        let work = match own_work {
+            true => self.work_dir().join("dump"),
+            false => options.work_path.clone().into(),
+        };
+        let params = CheckpointParams {
+            images: images.into(),
+            work: work.clone(),
+            leave_running: !options.exit,
+            options: dump_options(options),
+            extra: Vec::new(),
+            deadline: DEADLINE,
+        };
+        let done = self.checkpoint(params).await;
+        if own_work && let Err(err) = std::fs::remove_dir_all(&work) {
+            warn!("remove {}: {err}", work.display());
+        }
+        done
+    }
+
+    /// Dumps the container, which runs or is frozen. If it fails, the container is as it was,
+    /// CRIU's own network lock is gone, and CRIU's log is in the bundle as criu-dump.log.
+    pub(crate) async fn checkpoint(&self, params: CheckpointParams) -> Result<()> {
+        let _op = self.op.write().await;
+        admit(self.snapshot().status, Op::Checkpoint)?;
+        for folder in [&params.images, &params.work] {
+            std::fs::create_dir_all(folder)
+                .context(format!("make the folder {}", folder.display()))?;
+        }
+        let log = params.work.join("dump.log");
+        if let Err(err) = self.dump(&params).await {
+            let err = explain(err, "dump", &log);
+            if let Err(err) = std::fs::copy(&log, self.bundle.join("criu-dump.log")) {
+                warn!("keep CRIU's log: {err}");
+            }
+            self.remove_network_lock(&log).await;
+            return Err(err);
+        }
+        let criu = criu::version(&log).ok().flatten().unwrap_or_default();
+        let runc = self.runtime.version().await.to_string();
+        let record = DumpRecord::new(params.options, criu, runc);
+        record.write(&params.images).context("after the dump")?;
+        self.events.send(TaskCheckpointed {
+            container_id: self.id.clone(),
+            checkpoint: params.images.to_string_lossy().into_owned(),
+            ..Default::default()
+        });
+        Ok(())
+    }
+
+    async fn dump(&self, params: &CheckpointParams) -> Result<()> {
+        let config = Config {
+            tcp_established: params.options.tcp_established,
+            network_lock: params.options.network_lock,
+            action_script: None,
+            extra: params.extra.clone(),
+        };
+        let config = config
+            .write(&params.work)
+            .context("write CRIU's configuration")?;
+        let options = &params.options;
+        let verb = Checkpoint {
+            id: &self.id,
+            image_path: utf8(&params.images)?,
+            work_path: utf8(&params.work)?,
+            leave_running: params.leave_running,
+            tcp_established: options.tcp_established,
+            ext_unix_sk: options.ext_unix_sk,
+            shell_job: options.shell_job,
+            file_locks: options.file_locks,
+            empty_ns: &options.empty_ns,
+            manage_cgroups: options.manage_cgroups.as_deref(),
+        };
+        let env = [(CONFIG_ENV, config.as_path())];
+        self.runtime.call_with(&verb, &env, params.deadline).await
+    }
+
+    /// Removes the nftables table of the CRIU run that wrote `log`, and no other.
+    async fn remove_network_lock(&self, log: &Path) {
+        let Ok(Some(run)) = criu::run_id(log) else {
+            return;
+        };
+        let pid = self.snapshot().pid;
+        let reaper = self.runtime.reaper.clone();
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        // A thread of its own: it enters the container's network namespace and ends there.
+        let thread = std::thread::Builder::new()
+            .name("netns".into())
+            .spawn(move || {
+                let child = enter_netns(pid).and_then(|()| {
+                    let mut nft = Command::new("nft");
+                    nft.args(["delete", "table", "inet", &format!("CRIU-{run}")]);
+                    nft.stdin(Stdio::null())
+                        .stdout(Stdio::null())
+                        .stderr(Stdio::null());
+                    reaper.spawn(nft)
+                });
+                drop(sender.send(child));
+            });
+        if let Err(err) = thread {
+            return warn!("remove CRIU's network lock: {err}");
+        }
+        match receiver.await {
+            // nft fails when there is no such table, which is the usual case.
+            Ok(Ok(mut nft)) => drop(nft.wait().await),
+            Ok(Err(err)) => warn!("remove CRIU's network lock: {err}"),
+            Err(_) => {}
+        }
+    }
+}
+
+fn enter_netns(pid: u32) -> Result<()> {
+    let netns = File::open(format!("/proc/{pid}/ns/net")).context("open the network namespace")?;
+    setns(netns, CloneFlags::CLONE_NEWNET).context("enter the network namespace")
+}
+
+/// What a dump through the Task API does: connections are always kept.
+fn dump_options(options: CheckpointOptions) -> DumpOptions {
+    DumpOptions {
+        tcp_established: true,
+        file_locks: options.file_locks,
+        ext_unix_sk: options.external_unix_sockets,
+        shell_job: options.terminal,
+        empty_ns: options.empty_namespaces,
+        manage_cgroups: Some(options.cgroups_mode).filter(|mode| !mode.is_empty()),
+        // A table of CRIU's own can be told from others and removed; rules among those of the
+        // host cannot.
+        network_lock: NetworkLock::Nftables,
+    }
+}
+
+/// runc's error with CRIU's first error line, which says more.
+pub(super) fn explain(err: Error, what: &str, log: &Path) -> Error {
+    match criu::failure(log) {
+        Ok(failure) => {
+            warn!(
+                "{what} failed: {err}: end of {}:\n{}",
+                log.display(),
+                failure.tail.join("\n")
+            );
+            err.context(failure).context(format!("{what} failed"))
+        }
+        Err(_) => err.context(format!("{what} failed")),
+    }
+}
+
+pub(super) fn utf8(path: &Path) -> Result<&str> {
+    let text = path.to_str();
+    text.ok_or_else(|| Error::invalid_argument(format!("{} is not UTF-8", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_are_kept_whatever_the_client_says() {
+        let options = dump_options(CheckpointOptions::default());
+        assert!(options.tcp_established);
+        assert_eq!(options.manage_cgroups, None);
+        let options = dump_options(CheckpointOptions {
+            file_locks: true,
+            cgroups_mode: "soft".into(),
+            empty_namespaces: vec!["network".into()],
+            ..Default::default()
+        });
+        assert!(options.file_locks);
+        assert_eq!(options.manage_cgroups.as_deref(), Some("soft"));
+        assert_eq!(options.empty_ns, ["network"]);
+    }
+
+    #[test]
+    fn the_error_names_criu_s_first_error_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("dump.log");
+        std::fs::write(
+            &log,
+            "(0.1) Error (a.c:1): first\n(0.2) Error (b.c:2): second\n",
+        )
+        .unwrap();
+        let err = explain(Error::internal("runc checkpoint: failed"), "dump", &log);
+        let text = err.to_string();
+        assert!(text.contains("first") && !text.contains("second"), "{text}");
+    }
+}

@@ -1,0 +1,186 @@
+//! Create.
+
+use super::{Container, Inner, read_pid};
+use crate::containers::Containers;
+use crate::error::{Context as _, Error, Result};
+use crate::io::{ProcessIo, Stdio};
+use crate::mounts;
+use crate::options::TaskOptions;
+use crate::reaper::Child;
+use crate::runtime::Runtime;
+use crate::state::Status;
+use containerd_shim::protos::api::Mount;
+use containerd_shim::protos::events::task::{TaskCreate, TaskIO};
+use containerd_shim::protos::protobuf::MessageField;
+use ferry_oci::runc::Create;
+use log::warn;
+use serde::Deserialize;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use tokio::sync::{RwLock, watch};
+
+/// What Create is given.
+pub(crate) struct CreateRequest {
+    pub(crate) id: String,
+    pub(crate) bundle: PathBuf,
+    pub(crate) rootfs: Vec<Mount>,
+    pub(crate) stdio: Stdio,
+    pub(crate) options: TaskOptions,
+    /// Images to restore from at Start.
+    pub(crate) checkpoint: Option<PathBuf>,
+}
+
+impl Container {
+    /// Mounts the root file system, opens the streams and lets runc set the container up; or, from
+    /// a checkpoint, prepares everything for the restore. Leaves nothing behind if it fails.
+    pub(crate) async fn create(
+        containers: &Arc<Containers>,
+        request: CreateRequest,
+    ) -> Result<Arc<Self>> {
+        if request.stdio.terminal {
+            return Err(Error::unimplemented(
+                "a terminal (terminal=true) is not supported",
+            ));
+        }
+        let shares_pids = shares_pids(&request.bundle)?;
+        request.options.write(&request.bundle)?;
+        mounts::mount(request.rootfs.clone(), request.bundle.join("rootfs")).await?;
+        let runc = request.options.runc(&containers.namespace);
+        let runtime = Runtime::new(runc, containers.reaper.clone(), &request.bundle);
+        let prepared = prepare(&request, &runtime).await;
+        let (init, inner) = match prepared {
+            Ok(prepared) => prepared,
+            Err(err) => {
+                undo(&request, &runtime).await;
+                return Err(err);
+            }
+        };
+        containers.events.send(created(&request, inner.pid));
+        let container = Arc::new(Self {
+            id: request.id,
+            namespace: containers.namespace.clone(),
+            bundle: request.bundle,
+            stdio: request.stdio,
+            options: request.options,
+            runtime,
+            events: containers.events.clone(),
+            shares_pids,
+            op: RwLock::new(()),
+            inner: Mutex::new(inner),
+            exited: watch::Sender::new(None),
+        });
+        if let Some(init) = init {
+            container.supervise(init);
+        }
+        Ok(container)
+    }
+}
+
+async fn prepare(request: &CreateRequest, runtime: &Runtime) -> Result<(Option<Child>, Inner)> {
+    let owner = (request.options.io_uid, request.options.io_gid);
+    let (io, child_io) = ProcessIo::open(&request.stdio, owner)?;
+    let mut inner = Inner {
+        status: Status::Pending,
+        pid: 0,
+        io: Some(io),
+        child_io: None,
+        checkpoint: request.checkpoint.clone(),
+        execs: HashMap::new(),
+        reserved: None,
+    };
+    if request.checkpoint.is_some() {
+        inner.child_io = Some(child_io);
+        return Ok((None, inner));
+    }
+    let pid_file = request.bundle.join("init.pid");
+    let create = Create {
+        id: &request.id,
+        bundle: &request.bundle,
+        pid_file: &pid_file,
+        no_pivot: request.options.no_pivot_root,
+        no_new_keyring: request.options.no_new_keyring,
+    };
+    let window = runtime.reaper.window();
+    runtime.spawn(&create, child_io).await?;
+    let pid = read_pid(&pid_file)?;
+    inner.status = Status::Created;
+    inner.pid = pid as u32;
+    Ok((Some(window.adopt(pid)), inner))
+}
+
+async fn undo(request: &CreateRequest, runtime: &Runtime) {
+    if let Err(err) = runtime.delete(&request.id, true).await {
+        warn!("undo create: {err}");
+    }
+    if let Err(err) = mounts::umount_async(request.bundle.join("rootfs")).await {
+        warn!("undo create: {err}");
+    }
+}
+
+fn created(request: &CreateRequest, pid: u32) -> TaskCreate {
+    let path = |path: &Path| path.to_string_lossy().into_owned();
+    TaskCreate {
+        container_id: request.id.clone(),
+        bundle: path(&request.bundle),
+        rootfs: request.rootfs.clone(),
+        io: MessageField::some(TaskIO {
+            stdin: request.stdio.stdin.clone(),
+            stdout: request.stdio.stdout.clone(),
+            stderr: request.stdio.stderr.clone(),
+            terminal: request.stdio.terminal,
+            ..Default::default()
+        }),
+        checkpoint: request.checkpoint.as_deref().map(path).unwrap_or_default(),
+        pid,
+        ..Default::default()
+    }
+}
+
+#[derive(Deserialize)]
+struct Spec {
+    #[serde(default)]
+    linux: Linux,
+}
+
+#[derive(Deserialize, Default)]
+struct Linux {
+    #[serde(default)]
+    namespaces: Vec<Namespace>,
+}
+
+#[derive(Deserialize)]
+struct Namespace {
+    #[serde(rename = "type")]
+    kind: String,
+    #[serde(default)]
+    path: String,
+}
+
+/// Whether the container of `bundle` lives in a pid namespace that is not its own.
+fn shares_pids(bundle: &Path) -> Result<bool> {
+    let spec = std::fs::read(bundle.join("config.json")).context("read the bundle's config")?;
+    let spec: Spec = serde_json::from_slice(&spec).context("read the bundle's config")?;
+    let own = |namespace: &Namespace| namespace.kind == "pid" && namespace.path.is_empty();
+    Ok(!spec.linux.namespaces.iter().any(own))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pid_namespace_by_path_or_none_is_shared() {
+        let dir = tempfile::tempdir().unwrap();
+        let of = |config: &str| {
+            std::fs::write(dir.path().join("config.json"), config).unwrap();
+            shares_pids(dir.path()).unwrap()
+        };
+        assert!(!of(r#"{"linux":{"namespaces":[{"type":"pid"}]}}"#));
+        assert!(of(
+            r#"{"linux":{"namespaces":[{"type":"pid","path":"/proc/1/ns/pid"}]}}"#
+        ));
+        assert!(of(r#"{"linux":{"namespaces":[{"type":"network"}]}}"#));
+        assert!(of("{}"));
+    }
+}

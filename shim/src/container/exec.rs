@@ -1,0 +1,250 @@
+//! Further processes in a container.
+
+use super::{Container, read_pid};
+use crate::error::{Context as _, Error, Result};
+use crate::io::{self, ProcessIo, Stdio};
+use crate::reaper::{Child, Exit};
+use crate::service::timestamp;
+use crate::state::{Op, Status};
+use containerd_shim::protos::events::task::{TaskExecAdded, TaskExecStarted, TaskExit};
+use ferry_oci::runc;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::watch;
+
+/// What Exec is given.
+pub(crate) struct ExecRequest {
+    pub(crate) exec_id: String,
+    pub(crate) stdio: Stdio,
+    /// The OCI `process` object as JSON.
+    pub(crate) process: Vec<u8>,
+}
+
+/// One exec, from Exec to Delete.
+pub(crate) struct Exec {
+    id: String,
+    stdio: Stdio,
+    process: Vec<u8>,
+    /// Held by whatever changes the state.
+    op: tokio::sync::Mutex<()>,
+    inner: Mutex<Inner>,
+    exited: watch::Sender<Option<Exit>>,
+}
+
+struct Inner {
+    status: Status,
+    pid: u32,
+    io: Option<ProcessIo>,
+}
+
+impl Exec {
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
+    pub(crate) fn stdio(&self) -> &Stdio {
+        &self.stdio
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Status, pid and exit.
+    pub(crate) fn snapshot(&self) -> super::Snapshot {
+        let inner = self.inner();
+        super::Snapshot {
+            status: inner.status,
+            pid: inner.pid,
+            exit: *self.exited.borrow(),
+        }
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        self.snapshot().status == Status::Running
+    }
+
+    /// Waits until its exit has been published.
+    pub(crate) async fn wait(&self) -> Exit {
+        super::wait(&self.exited).await
+    }
+
+    /// Lets stdin end.
+    pub(crate) fn close_stdin(&self) {
+        if let Some(io) = &mut self.inner().io {
+            io.close_stdin();
+        }
+    }
+
+    async fn drain(&self) {
+        let pending = self.inner().io.as_ref().map(ProcessIo::pending);
+        io::drained(pending.unwrap_or_default(), super::exit::STALL).await;
+    }
+
+    fn record_exit(&self, exit: Exit) {
+        self.inner().status = Status::Stopped;
+        self.exited.send_replace(Some(exit));
+    }
+}
+
+impl Container {
+    /// Adds an exec; ALREADY_EXISTS if the id is taken.
+    pub(crate) async fn exec(&self, request: ExecRequest) -> Result<()> {
+        if request.stdio.terminal {
+            return Err(Error::unimplemented(
+                "a terminal (terminal=true) is not supported",
+            ));
+        }
+        // The id becomes part of file names.
+        if request.exec_id.is_empty() || request.exec_id.contains('/') {
+            let text = format!("{:?} is not an exec id", request.exec_id);
+            return Err(Error::invalid_argument(text));
+        }
+        let _op = self.op.read().await;
+        self.admit(Op::Exec)?;
+        let exec = Exec {
+            id: request.exec_id.clone(),
+            stdio: request.stdio,
+            process: request.process,
+            op: tokio::sync::Mutex::new(()),
+            inner: Mutex::new(Inner {
+                status: Status::Created,
+                pid: 0,
+                io: None,
+            }),
+            exited: watch::Sender::new(None),
+        };
+        {
+            let mut inner = self.inner();
+            if inner.execs.contains_key(&exec.id) {
+                let text = format!("exec {:?} already exists", exec.id);
+                return Err(Error::already_exists(text));
+            }
+            inner.execs.insert(exec.id.clone(), Arc::new(exec));
+        }
+        self.events.send(TaskExecAdded {
+            container_id: self.id.clone(),
+            exec_id: request.exec_id,
+            ..Default::default()
+        });
+        Ok(())
+    }
+
+    /// The exec `id`; NOT_FOUND if there is none.
+    pub(crate) fn get_exec(&self, id: &str) -> Result<Arc<Exec>> {
+        let exec = self.inner().execs.get(id).cloned();
+        exec.ok_or_else(|| Error::not_found(format!("exec {id:?} not found")))
+    }
+
+    /// All execs that have not been deleted.
+    pub(crate) fn execs(&self) -> Vec<Arc<Exec>> {
+        self.inner().execs.values().cloned().collect()
+    }
+
+    /// Runs the process of an exec; returns its pid.
+    pub(crate) async fn start_exec(self: &Arc<Self>, id: &str) -> Result<u32> {
+        // For reading: many execs start at the same time, and init's exit waits for them.
+        let _op = self.op.read().await;
+        self.admit(Op::Exec)?;
+        let exec = self.get_exec(id)?;
+        let exec_op = exec.op.lock().await;
+        let status = exec.snapshot().status;
+        if status != Status::Created {
+            let text = format!("cannot start an exec that is {status}");
+            return Err(Error::failed_precondition(text));
+        }
+        let child = match self.run_exec(&exec).await {
+            Ok(child) => child,
+            Err(err) => {
+                exec.inner().io = None;
+                exec.record_exit(Exit::now(255));
+                return Err(err);
+            }
+        };
+        let pid = child.pid() as u32;
+        {
+            let mut inner = exec.inner();
+            inner.status = Status::Running;
+            inner.pid = pid;
+        }
+        self.events.send(TaskExecStarted {
+            container_id: self.id.clone(),
+            exec_id: id.to_string(),
+            pid,
+            ..Default::default()
+        });
+        drop(exec_op);
+        let container = self.clone();
+        tokio::spawn(async move { container.supervise_exec(exec, child).await });
+        Ok(pid)
+    }
+
+    async fn run_exec(&self, exec: &Exec) -> Result<Child> {
+        let file = |extension: &str| TempFile(self.bundle.join(format!("{}.{extension}", exec.id)));
+        let process = file("process.json");
+        let pid_file = file("pid");
+        std::fs::write(&process.0, &exec.process).context("write the exec's process")?;
+        let owner = (self.options.io_uid, self.options.io_gid);
+        let (io, child_io) = ProcessIo::open(&exec.stdio, owner)?;
+        exec.inner().io = Some(io);
+        let verb = runc::Exec {
+            id: &self.id,
+            process: &process.0,
+            pid_file: &pid_file.0,
+        };
+        let window = self.runtime.reaper.window();
+        self.runtime.spawn(&verb, child_io).await?;
+        Ok(window.adopt(read_pid(&pid_file.0)?))
+    }
+
+    async fn supervise_exec(&self, exec: Arc<Exec>, mut child: Child) {
+        let exit = child.wait().await;
+        exec.drain().await;
+        let _op = exec.op.lock().await;
+        self.events.send(TaskExit {
+            container_id: self.id.clone(),
+            id: exec.id.clone(),
+            pid: child.pid() as u32,
+            exit_status: exit.status,
+            exited_at: timestamp(exit.at),
+            ..Default::default()
+        });
+        exec.record_exit(exit);
+    }
+
+    /// Sends a signal to an exec's process.
+    pub(crate) async fn kill_exec(&self, id: &str, signal: u32) -> Result<()> {
+        let exec = self.get_exec(id)?;
+        let snapshot = exec.snapshot();
+        match snapshot.status {
+            Status::Created => Err(Error::failed_precondition("process not started")),
+            Status::Running => self.runtime.reaper.signal(snapshot.pid as i32, signal),
+            _ => Err(Error::not_found("process already finished")),
+        }
+    }
+
+    /// Forgets an exec that does not run.
+    pub(crate) async fn delete_exec(&self, id: &str) -> Result<super::Snapshot> {
+        let exec = self.get_exec(id)?;
+        let _op = exec.op.lock().await;
+        let mut snapshot = exec.snapshot();
+        if snapshot.status == Status::Running {
+            return Err(Error::failed_precondition(
+                "cannot delete an exec that is running",
+            ));
+        }
+        exec.drain().await;
+        self.inner().execs.remove(id);
+        drop(exec.inner().io.take());
+        snapshot.exit.get_or_insert_with(|| Exit::now(0));
+        Ok(snapshot)
+    }
+}
+
+struct TempFile(PathBuf);
+
+impl Drop for TempFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}

@@ -1,0 +1,181 @@
+//! Start, kill, pause, resume and delete of a task.
+
+use super::{Container, Snapshot};
+use crate::error::{Error, Result};
+use crate::io;
+use crate::mounts;
+use crate::reaper::Exit;
+use crate::state::{Op, Status, admit};
+use containerd_shim::protos::events::task::{TaskDelete, TaskPaused, TaskResumed, TaskStart};
+use ferry_oci::runc::{Kill, Pause, Resume, Start};
+use log::warn;
+use std::sync::Arc;
+
+/// A signal that a frozen process only gets once it is thawed; runc sees to that.
+const SIGKILL: u32 = 9;
+
+impl Container {
+    /// Runs the process of a created task, or restores one created from a checkpoint. Returns the
+    /// pid of init.
+    pub(crate) async fn start(self: &Arc<Self>) -> Result<u32> {
+        if self.snapshot().status == Status::Pending {
+            self.admit(Op::Restore)?;
+            return self.restore_checkpoint().await;
+        }
+        let _op = self.op.write().await;
+        self.admit(Op::Start)?;
+        self.runtime.call(&Start { id: &self.id }).await?;
+        Ok(self.started())
+    }
+
+    /// The task runs: says so. The caller holds `op`.
+    pub(super) fn started(&self) -> u32 {
+        let pid = {
+            let mut inner = self.inner();
+            inner.status = Status::Running;
+            inner.pid
+        };
+        let container_id = self.id.clone();
+        self.events.send(TaskStart {
+            container_id,
+            pid,
+            ..Default::default()
+        });
+        pid
+    }
+
+    /// Sends a signal to init, or to all processes.
+    pub(crate) async fn kill(&self, signal: u32, all: bool) -> Result<()> {
+        let _op = self.op.read().await;
+        self.admit(Op::Kill)?;
+        match self
+            .runtime
+            .call(&Kill {
+                id: &self.id,
+                signal,
+                all,
+            })
+            .await
+        {
+            Ok(_) => Ok(()),
+            // runc finds init dead before its exit has been reported here.
+            Err(_) if !self.is_alive() => Err(Error::not_found("process already finished")),
+            Err(err) => Err(err),
+        }
+    }
+
+    /// Kills every process, whatever the state and whoever has reserved the container. For
+    /// shim/src/ferry; the exit is published as always.
+    #[allow(dead_code)]
+    pub(crate) async fn kill_all(&self) -> Result<()> {
+        let _op = self.op.read().await;
+        admit(self.snapshot().status, Op::Kill)?;
+        let kill = Kill {
+            id: &self.id,
+            signal: SIGKILL,
+            all: true,
+        };
+        match self.runtime.call(&kill).await {
+            Err(err) if self.is_alive() => Err(err),
+            _ => Ok(()),
+        }
+    }
+
+    fn is_alive(&self) -> bool {
+        let pid = self.snapshot().pid as i32;
+        self.runtime.reaper.signal(pid, 0).is_ok() && !is_zombie(pid)
+    }
+
+    /// Freezes all processes.
+    pub(crate) async fn pause(&self) -> Result<()> {
+        let _op = self.op.write().await;
+        self.admit(Op::Pause)?;
+        self.set_status(Status::Pausing);
+        if let Err(err) = self.runtime.call(&Pause { id: &self.id }).await {
+            self.set_status(Status::Running);
+            return Err(err);
+        }
+        self.set_status(Status::Paused);
+        let container_id = self.id.clone();
+        self.events.send(TaskPaused {
+            container_id,
+            ..Default::default()
+        });
+        Ok(())
+    }
+
+    /// Thaws all processes.
+    pub(crate) async fn resume(&self) -> Result<()> {
+        let _op = self.op.write().await;
+        self.admit(Op::Resume)?;
+        self.runtime.call(&Resume { id: &self.id }).await?;
+        self.set_status(Status::Running);
+        let container_id = self.id.clone();
+        self.events.send(TaskResumed {
+            container_id,
+            ..Default::default()
+        });
+        Ok(())
+    }
+
+    /// Removes the task: runc's state, the streams, the root file system.
+    pub(crate) async fn delete(&self) -> Result<Snapshot> {
+        let _op = self.op.write().await;
+        self.admit(Op::Delete)?;
+        self.drain().await;
+        // A created container has a process that still waits to be started.
+        let created = self.snapshot().status == Status::Created;
+        self.runtime.delete(&self.id, created).await?;
+        if created {
+            // Its exit handler waits for `op`: the exit is then published after the delete.
+            self.record_exit(Exit::now(128 + SIGKILL));
+        }
+        let (io, child_io, execs) = {
+            let mut inner = self.inner();
+            inner.status = Status::Deleted;
+            (
+                inner.io.take(),
+                inner.child_io.take(),
+                std::mem::take(&mut inner.execs),
+            )
+        };
+        drop((io, child_io, execs));
+        mounts::umount_async(self.rootfs()).await?;
+        let mut snapshot = self.snapshot();
+        let exit = *snapshot.exit.get_or_insert_with(|| Exit::now(0));
+        self.events.send(TaskDelete {
+            container_id: self.id.clone(),
+            pid: snapshot.pid,
+            exit_status: exit.status,
+            exited_at: crate::service::timestamp(exit.at),
+            ..Default::default()
+        });
+        Ok(snapshot)
+    }
+
+    /// Hands on what the process has written, as far as somebody reads it.
+    pub(super) async fn drain(&self) {
+        let pending = self.inner().io.as_ref().map(io::ProcessIo::pending);
+        io::drained(pending.unwrap_or_default(), super::exit::STALL).await;
+    }
+
+    /// Lets stdin end.
+    pub(crate) fn close_stdin(&self) {
+        if let Some(io) = &mut self.inner().io {
+            io.close_stdin();
+        }
+    }
+}
+
+fn is_zombie(pid: i32) -> bool {
+    match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
+        Ok(stat) => stat
+            .rsplit(')')
+            .next()
+            .is_some_and(|rest| rest.trim_start().starts_with('Z')),
+        Err(err) => {
+            warn!("read the state of {pid}: {err}");
+            true
+        }
+    }
+}

@@ -1,0 +1,349 @@
+//! Restoring a container: at once, or held at CRIU's post-restore until somebody has decided.
+
+use super::checkpoint::{explain, utf8};
+use super::{Container, read_pid};
+use crate::error::{Context as _, Error, Result};
+use crate::reaper::{Child, Exit, Window};
+use crate::runtime::Running;
+use crate::state::{Op, Status, admit};
+use ferry_oci::criu::{CONFIG_ENV, Config, DumpRecord, Hold};
+use ferry_oci::runc::Restore;
+use log::warn;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe;
+use tokio::time::timeout;
+
+/// How long a restore asked for through the Task API may take.
+const DEADLINE: Duration = Duration::from_secs(600);
+/// How long a refused restore may take to undo itself.
+const UNDO: Duration = Duration::from_secs(20);
+/// Exit code of a task that was never restored.
+const NEVER_RAN: u32 = 128 + 9;
+
+/// A restore.
+pub(crate) struct RestoreParams {
+    /// Folder with the images, runc's descriptors.json among them.
+    pub(crate) images: PathBuf,
+    /// Folder for CRIU's log and statistics, made if missing.
+    pub(crate) work: PathBuf,
+    /// Further lines for CRIU's configuration file.
+    pub(crate) extra: Vec<String>,
+    /// After it, runc and CRIU are killed.
+    pub(crate) deadline: Duration,
+}
+
+/// What a held restore does besides waiting.
+#[derive(Default)]
+pub(crate) struct HoldParams {
+    /// Shell command run once the namespaces are there, with the pid of init in
+    /// `$CRTOOLS_INIT_PID`; the restore fails if it fails.
+    pub(crate) namespaces: Option<String>,
+}
+
+/// A restore under way: runc, and what is needed to take over the process it makes.
+struct Attempt {
+    runc: Running,
+    window: Window,
+    log: PathBuf,
+}
+
+/// A container that is restored and has not run. Decide by [`Held::release`] or [`Held::abort`];
+/// dropping it aborts.
+#[allow(dead_code)] // for shim/src/ferry
+pub(crate) struct Held {
+    container: Arc<Container>,
+    pid: u32,
+    undecided: Option<Undecided>,
+}
+
+struct Undecided {
+    hold: Hold,
+    attempt: Attempt,
+    init: Child,
+}
+
+impl Container {
+    /// Start of a task created from a checkpoint. A task whose restore fails is stopped, and can
+    /// be deleted.
+    pub(super) async fn restore_checkpoint(self: &Arc<Self>) -> Result<u32> {
+        let images = self.checkpoint_path();
+        let images = images.ok_or_else(|| Error::failed_precondition("no checkpoint"))?;
+        let params = RestoreParams {
+            images,
+            work: self.work_dir(),
+            extra: Vec::new(),
+            deadline: DEADLINE,
+        };
+        self.restore(params).await
+    }
+
+    /// Restores and lets run. Returns the pid of init.
+    pub(crate) async fn restore(self: &Arc<Self>, params: RestoreParams) -> Result<u32> {
+        let _op = self.op.write().await;
+        admit(self.snapshot().status, Op::Restore)?;
+        let deadline = params.deadline;
+        let mut attempt = self.begin(&params, None)?;
+        let result = match attempt.runc.wait(deadline).await {
+            Ok(()) => read_pid(&self.init_pid_file()),
+            Err(err) => Err(explain(err, "restore", &attempt.log)),
+        };
+        match result {
+            Ok(pid) => Ok(self.runs(attempt.window.adopt(pid))),
+            Err(err) => {
+                self.never_ran(&mut attempt, None).await;
+                Err(err)
+            }
+        }
+    }
+
+    /// Restores up to CRIU's post-restore and holds it there: memory, files and sockets are back,
+    /// connections are locked, nothing has run.
+    #[allow(dead_code)] // for shim/src/ferry
+    pub(crate) async fn restore_held(
+        self: &Arc<Self>,
+        params: RestoreParams,
+        hold: HoldParams,
+    ) -> Result<Held> {
+        let _op = self.op.write().await;
+        admit(self.snapshot().status, Op::Restore)?;
+        std::fs::create_dir_all(&params.work).context("make the work folder")?;
+        let mut hold = Hold::prepare(&params.work, hold.namespaces.as_deref())
+            .context("prepare to hold the restore")?;
+        let mut attempt = self.begin(&params, Some(hold.script()))?;
+        match until_held(&mut hold, &mut attempt, params.deadline).await {
+            Ok(pid) => {
+                let init = attempt.window.adopt(pid);
+                {
+                    let mut inner = self.inner();
+                    inner.status = Status::Held;
+                    inner.pid = pid as u32;
+                }
+                let undecided = Some(Undecided {
+                    hold,
+                    attempt,
+                    init,
+                });
+                Ok(Held {
+                    container: self.clone(),
+                    pid: pid as u32,
+                    undecided,
+                })
+            }
+            Err(err) => {
+                // Its end lets a script that waits go.
+                drop(hold);
+                self.never_ran(&mut attempt, None).await;
+                Err(err)
+            }
+        }
+    }
+
+    /// Starts runc. Nothing has changed if it fails.
+    fn begin(&self, params: &RestoreParams, script: Option<&Path>) -> Result<Attempt> {
+        if !params.images.join("descriptors.json").exists() {
+            let text = format!("{} holds no descriptors.json", params.images.display());
+            return Err(Error::failed_precondition(text));
+        }
+        std::fs::create_dir_all(&params.work).context("make the work folder")?;
+        let record = DumpRecord::read(&params.images).context("read the images")?;
+        let options = record.map(|record| record.options).unwrap_or_default();
+        let config = Config {
+            tcp_established: options.tcp_established,
+            action_script: script.map(Path::to_owned),
+            extra: params.extra.clone(),
+            // CRIU takes the lock's kind from the images.
+            ..Default::default()
+        };
+        let config = config
+            .write(&params.work)
+            .context("write CRIU's configuration")?;
+        let pid_file = self.init_pid_file();
+        let verb = Restore {
+            id: &self.id,
+            bundle: utf8(&self.bundle)?,
+            pid_file: utf8(&pid_file)?,
+            image_path: utf8(&params.images)?,
+            work_path: utf8(&params.work)?,
+            no_pivot: self.options.no_pivot_root,
+            tcp_established: options.tcp_established,
+            ext_unix_sk: options.ext_unix_sk,
+            shell_job: options.shell_job,
+            file_locks: options.file_locks,
+            empty_ns: &options.empty_ns,
+            manage_cgroups: options.manage_cgroups.as_deref(),
+        };
+        let stdio = self.inner().child_io.take();
+        let stdio = stdio.ok_or_else(|| Error::failed_precondition("restored once already"))?;
+        let window = self.runtime.reaper.window();
+        let runc = self.runtime.start(&verb, stdio, &[(CONFIG_ENV, &config)])?;
+        Ok(Attempt {
+            runc,
+            window,
+            log: params.work.join("restore.log"),
+        })
+    }
+
+    /// The restored task runs: it is watched, and its start is published. Holds `op`.
+    fn runs(self: &Arc<Self>, init: Child) -> u32 {
+        self.inner().pid = init.pid() as u32;
+        let pid = self.started();
+        self.supervise(init);
+        pid
+    }
+
+    /// The restore has failed or was refused: nothing of it is left and the task is stopped.
+    /// Holds `op`.
+    async fn never_ran(&self, attempt: &mut Attempt, init: Option<&Child>) {
+        if let Err(err) = attempt.runc.wait(UNDO).await {
+            log::debug!("the restore of {} has ended: {err}", self.id);
+        }
+        if let Some(init) = init {
+            let _ = self.runtime.reaper.signal(init.pid(), 9);
+        }
+        if let Err(err) = self.runtime.delete(&self.id, true).await {
+            warn!("remove a failed restore of {}: {err}", self.id);
+        }
+        self.record_exit(Exit::now(NEVER_RAN));
+    }
+}
+
+/// Waits until the restore is held; fails when runc ends before, or after `deadline`.
+async fn until_held(hold: &mut Hold, attempt: &mut Attempt, deadline: Duration) -> Result<i32> {
+    let fifo = hold
+        .held_fd()
+        .try_clone_to_owned()
+        .context("watch the hold")?;
+    let mut fifo = pipe::Receiver::from_owned_fd(fifo).context("watch the hold")?;
+    let held = async {
+        let mut chunk = [0; 64];
+        loop {
+            let count = fifo.read(&mut chunk).await.context("watch the hold")?;
+            if let Some(pid) = hold.heard(&chunk[..count]).context("restore")? {
+                return Ok(pid);
+            }
+        }
+    };
+    let ended = attempt.runc.child.wait();
+    let outcome = timeout(deadline, async {
+        tokio::select! {
+            biased;
+            pid = held => Ok(pid),
+            exit = ended => Err(exit),
+        }
+    });
+    match outcome.await {
+        Ok(Ok(pid)) => pid,
+        Ok(Err(exit)) => Err(explain(
+            attempt.runc.failure(exit.status),
+            "restore",
+            &attempt.log,
+        )),
+        Err(_) => {
+            attempt.runc.child.kill_group();
+            let err = Error::deadline_exceeded(format!("not held after {deadline:?}"));
+            Err(explain(err, "restore", &attempt.log))
+        }
+    }
+}
+
+#[allow(dead_code)] // for shim/src/ferry
+impl Held {
+    /// Pid of the restored init.
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Lets the tasks run, waits for runc, and publishes the start. After `deadline` it answers
+    /// DEADLINE_EXCEEDED; by then the tasks may run, so the release goes on behind and the task's
+    /// state tells how it ended.
+    pub(crate) async fn release(mut self, deadline: Duration) -> Result<u32> {
+        let Some(undecided) = self.undecided.take() else {
+            return Ok(self.pid);
+        };
+        let container = self.container.clone();
+        let release = tokio::spawn(async move { release(container, undecided).await });
+        match timeout(deadline, release).await {
+            Ok(result) => result.context("release the restore")?,
+            Err(_) => Err(Error::deadline_exceeded(format!(
+                "released, but runc has not returned in {deadline:?}"
+            ))),
+        }
+    }
+
+    /// Ends the restore. Afterwards the task is stopped, its exit is published, and it can be
+    /// deleted.
+    pub(crate) async fn abort(mut self) {
+        if let Some(undecided) = self.undecided.take() {
+            let container = self.container.clone();
+            // Not cancelled with the caller.
+            let _ = tokio::spawn(async move { abort(container, undecided).await }).await;
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some(undecided) = self.undecided.take()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            warn!(
+                "the held restore of {} was dropped: aborting it",
+                self.container.id
+            );
+            runtime.spawn(abort(self.container.clone(), undecided));
+        }
+    }
+}
+
+async fn release(container: Arc<Container>, undecided: Undecided) -> Result<u32> {
+    let Undecided {
+        mut hold,
+        mut attempt,
+        init,
+    } = undecided;
+    let _op = container.op.write().await;
+    admit(container.snapshot().status, Op::Release)?;
+    let released = hold.go().context("release the restore");
+    let result = match released {
+        Ok(()) => {
+            let exit = attempt.runc.child.wait().await;
+            match exit.status {
+                0 => Ok(()),
+                status => Err(explain(
+                    attempt.runc.failure(status),
+                    "restore",
+                    &attempt.log,
+                )),
+            }
+        }
+        Err(err) => Err(err),
+    };
+    drop(hold);
+    match result {
+        Ok(()) => Ok(container.runs(init)),
+        Err(err) => {
+            container.never_ran(&mut attempt, Some(&init)).await;
+            Err(err)
+        }
+    }
+}
+
+async fn abort(container: Arc<Container>, undecided: Undecided) {
+    let Undecided {
+        mut hold,
+        mut attempt,
+        init,
+    } = undecided;
+    let _op = container.op.write().await;
+    if let Err(err) = admit(container.snapshot().status, Op::Abort) {
+        return warn!("abort the restore of {}: {err}", container.id);
+    }
+    if let Err(err) = hold.refuse() {
+        warn!("refuse the restore: {err}");
+    }
+    drop(hold);
+    container.never_ran(&mut attempt, Some(&init)).await;
+}

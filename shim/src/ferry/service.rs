@@ -1,0 +1,217 @@
+//! The methods of the Ferry service.
+
+use std::future::Future;
+use std::path::Path;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use ferry_oci::api::ferry::{
+    CommitRequest, DescribeRequest, Description, DumpResponse, Empty, FreezeRequest,
+    FreezeResponse, MigrationRequest, Phase, ReleaseResponse, RestoreRequest, RestoreResponse,
+};
+use ferry_oci::api::ferry_ttrpc::Ferry;
+use ferry_oci::paths;
+use ferry_oci::record::{Decision, Record};
+use ttrpc::r#async::TtrpcContext;
+
+use super::lease::Lease;
+use super::moves::{Move, Moves, Side, Step};
+use crate::container::Container;
+use crate::containers::Containers;
+use crate::error::{Context as _, Error, Result};
+
+/// The service.
+pub(super) struct FerryService {
+    pub(super) containers: Arc<Containers>,
+    pub(super) moves: Arc<Moves>,
+}
+
+impl FerryService {
+    fn find(&self, id: &str, migration: &str) -> Result<(Arc<Container>, Arc<Move>)> {
+        if !paths::is_migration_id(migration) {
+            return Err(Error::invalid_argument(format!("{migration:?} is no migration's id")));
+        }
+        Ok((self.containers.get(id)?, self.moves.of(id)))
+    }
+}
+
+/// Runs a step to its end even when its caller is lost in the middle of it.
+async fn finish<T: Send + 'static>(
+    step: impl Future<Output = Result<T>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    Ok(tokio::spawn(step).await.context("the step")??)
+}
+
+#[async_trait]
+impl Ferry for FerryService {
+    async fn describe(
+        &self,
+        _: &TtrpcContext,
+        request: DescribeRequest,
+    ) -> ttrpc::Result<Description> {
+        let container = self.containers.get(&request.id)?;
+        let snapshot = container.snapshot();
+        let seen = self.moves.of(&request.id).seen();
+        let stdio = container.stdio();
+        let images = match seen.phase {
+            Phase::PHASE_NONE => String::new(),
+            _ => paths::images(&seen.migration).display().to_string(),
+        };
+        Ok(Description {
+            protocol: ferry_oci::PROTOCOL,
+            id: request.id,
+            namespace: container.namespace().to_owned(),
+            bundle: container.bundle().display().to_string(),
+            status: format!("{:?}", snapshot.status).to_lowercase(),
+            init_pid: snapshot.pid,
+            pids: container.pids().await?,
+            execs: container.exec_ids(),
+            terminal: stdio.terminal,
+            stdin: stdio.stdin.clone(),
+            stdout: stdio.stdout.clone(),
+            stderr: stdio.stderr.clone(),
+            runc: container.runtime().runc.binary.display().to_string(),
+            // A container that came here and stayed is not being migrated.
+            phase: match seen.phase {
+                Phase::PHASE_RELEASED => Phase::PHASE_NONE,
+                phase => phase,
+            }
+            .into(),
+            migration: seen.migration,
+            images_path: images,
+            shim_pid: std::process::id(),
+            ..Default::default()
+        })
+    }
+
+    async fn freeze(
+        &self,
+        context: &TtrpcContext,
+        request: FreezeRequest,
+    ) -> ttrpc::Result<FreezeResponse> {
+        let (container, a_move) = self.find(&request.id, &request.migration)?;
+        let containers = self.containers.clone();
+        let lease = Lease::of(context);
+        finish(async move {
+            let mut side = a_move.side.lock().await;
+            a_move.admit(Step::Freeze, &request.migration)?;
+            a_move.freeze(&mut side, &containers, container, &request, lease).await
+        })
+        .await
+    }
+
+    async fn dump(
+        &self,
+        _: &TtrpcContext,
+        request: MigrationRequest,
+    ) -> ttrpc::Result<DumpResponse> {
+        let (_, a_move) = self.find(&request.id, &request.migration)?;
+        finish(async move {
+            let mut side = a_move.side.lock().await;
+            a_move.admit(Step::Dump, &request.migration)?;
+            a_move.dump(&mut side).await
+        })
+        .await
+    }
+
+    async fn thaw(&self, _: &TtrpcContext, request: MigrationRequest) -> ttrpc::Result<Empty> {
+        let (_, a_move) = self.find(&request.id, &request.migration)?;
+        let containers = self.containers.clone();
+        finish(async move {
+            let mut side = a_move.side.lock().await;
+            // Given back already: by a failed freeze, a lost lease, or the limit.
+            if matches!(*side, Side::None) {
+                return Ok(Empty::new());
+            }
+            a_move.admit(Step::Thaw, &request.migration)?;
+            a_move.thaw(&mut side, &containers).await?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn commit(&self, _: &TtrpcContext, request: CommitRequest) -> ttrpc::Result<Empty> {
+        let (container, a_move) = self.find(&request.id, &request.migration)?;
+        finish(async move {
+            let mut side = a_move.side.lock().await;
+            a_move.admit(Step::Commit, &request.migration)?;
+            let (id, namespace) = (container.id(), container.namespace());
+            let mut record =
+                Record::new(&request.migration, id, namespace, Decision::Committed);
+            record.destination = request.destination;
+            record.ip = request.ip;
+            record.device = request.device;
+            a_move.commit(&mut side, &record)?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn revert(&self, _: &TtrpcContext, request: MigrationRequest) -> ttrpc::Result<Empty> {
+        let (_, a_move) = self.find(&request.id, &request.migration)?;
+        let containers = self.containers.clone();
+        finish(async move {
+            let mut side = a_move.side.lock().await;
+            a_move.admit(Step::Revert, &request.migration)?;
+            a_move.revert(&mut side, &containers).await?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn retire(&self, _: &TtrpcContext, request: MigrationRequest) -> ttrpc::Result<Empty> {
+        let (_, a_move) = self.find(&request.id, &request.migration)?;
+        finish(async move {
+            let mut side = a_move.side.lock().await;
+            a_move.admit(Step::Retire, &request.migration)?;
+            a_move.retire(&mut side).await?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn restore(
+        &self,
+        context: &TtrpcContext,
+        request: RestoreRequest,
+    ) -> ttrpc::Result<RestoreResponse> {
+        let (container, a_move) = self.find(&request.id, &request.migration)?;
+        let images = paths::images(&request.migration);
+        if Path::new(&request.images_path) != images {
+            let text = format!("images are expected in {}", images.display());
+            return Err(Error::invalid_argument(text).into());
+        }
+        let lease = Lease::of(context);
+        finish(async move {
+            let mut side = a_move.side.lock().await;
+            a_move.admit(Step::Restore, &request.migration)?;
+            a_move.restore(&mut side, container, &request.migration, images, lease).await
+        })
+        .await
+    }
+
+    async fn release(
+        &self,
+        _: &TtrpcContext,
+        request: MigrationRequest,
+    ) -> ttrpc::Result<ReleaseResponse> {
+        let (_, a_move) = self.find(&request.id, &request.migration)?;
+        finish(async move {
+            let mut side = a_move.side.lock().await;
+            a_move.admit(Step::Release, &request.migration)?;
+            a_move.release(&mut side).await
+        })
+        .await
+    }
+
+    async fn abort(&self, _: &TtrpcContext, request: MigrationRequest) -> ttrpc::Result<Empty> {
+        let (_, a_move) = self.find(&request.id, &request.migration)?;
+        finish(async move {
+            let mut side = a_move.side.lock().await;
+            a_move.admit(Step::Abort, &request.migration)?;
+            a_move.abort(&mut side).await;
+            Ok(Empty::new())
+        })
+        .await
+    }
+}

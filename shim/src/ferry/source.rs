@@ -1,0 +1,288 @@
+//! A container that leaves: frozen, dumped, and either given back or ended.
+
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ferry_oci::api::ferry::{DumpResponse, FreezeRequest, FreezeResponse, Phase};
+use ferry_oci::criu::{DumpOptions, NetworkLock};
+use ferry_oci::freezer::Freezer;
+use ferry_oci::record::Record;
+use ferry_oci::{paths, quarantine, sockets};
+use log::warn;
+
+use super::lease::Lease;
+use super::moves::{Move, Side};
+use crate::container::{CheckpointParams, Container, Reservation};
+use crate::containers::Containers;
+use crate::error::{Context as _, Error, Result};
+use crate::state::Status;
+
+/// How long the freezer may take. It took 0.1 to 4 ms wherever it was measured.
+const FREEZER: Duration = Duration::from_secs(5);
+/// How long nft may take.
+const NFT: Duration = Duration::from_secs(10);
+/// How long killed tasks may take to end.
+const EXIT: Duration = Duration::from_secs(30);
+/// The longest freeze that a driver may ask for.
+const MAX_LIMIT: Duration = Duration::from_secs(24 * 3600);
+
+/// What is held of a container on its source.
+pub(super) struct AtSource {
+    pub(super) lease: Lease,
+    migration: String,
+    container: Arc<Container>,
+    freezer: Freezer,
+    locked: bool,
+    /// Written down: the destination shall run it.
+    committed: bool,
+    /// Keeps the Task API out; gone when the tasks have ended.
+    reservation: Option<Reservation>,
+    deadline: Instant,
+}
+
+impl AtSource {
+    /// Whether a lost driver, or the limit, still rolls back.
+    pub(super) fn undecided(&self) -> bool {
+        !self.committed
+    }
+
+    fn images(&self) -> PathBuf {
+        paths::images(&self.migration)
+    }
+}
+
+impl Move {
+    /// Locks the connections, then freezes.
+    pub(super) async fn freeze(
+        self: &Arc<Self>,
+        side: &mut Side,
+        containers: &Arc<Containers>,
+        container: Arc<Container>,
+        request: &FreezeRequest,
+        lease: Lease,
+    ) -> Result<FreezeResponse> {
+        let snapshot = container.snapshot();
+        if snapshot.status != Status::Running {
+            return Err(Error::failed_precondition(format!(
+                "{} is {:?}, not running",
+                container.id(),
+                snapshot.status
+            )));
+        }
+        let addresses = addresses(&request.lock_addresses)?;
+        let limit = Duration::from_secs(request.limit_s.into()).min(MAX_LIMIT);
+        let freezer = Freezer::of(snapshot.pid).context("find the freezer")?;
+        let reservation = container.reserve("is being migrated")?;
+        let start = Instant::now();
+        let locked = !addresses.is_empty();
+        if locked {
+            lock(containers, &request.migration, &addresses).await?;
+        }
+        let lock_us = micros(start);
+        let (handle, freezing) = (freezer.clone(), freezer.clone());
+        let frozen = tokio::task::spawn_blocking(move || handle.freeze(FREEZER))
+            .await
+            .context("freeze")?
+            .context("freeze");
+        let took = match frozen {
+            Ok(took) => took,
+            Err(error) => {
+                if locked && let Err(error) = unlock(containers, &request.migration).await {
+                    warn!("{error}");
+                }
+                return Err(error);
+            }
+        };
+        *side = Side::Source(AtSource {
+            lease: lease.clone(),
+            migration: request.migration.clone(),
+            container,
+            freezer: freezing,
+            locked,
+            committed: false,
+            reservation: Some(reservation),
+            deadline: Instant::now() + limit,
+        });
+        self.enter(Phase::PHASE_FROZEN, &request.migration);
+        self.limit(containers.clone(), limit);
+        if !lease.is_alive() {
+            self.thaw(side, containers).await?;
+            return Err(Error::failed_precondition("the caller was lost"));
+        }
+        let freeze_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        Ok(FreezeResponse { lock_us, freeze_us, ..Default::default() })
+    }
+
+    /// Thaws by itself when the limit passes without a commit.
+    fn limit(self: &Arc<Self>, containers: Arc<Containers>, limit: Duration) {
+        let a_move = self.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(limit).await;
+            let mut side = a_move.side.lock().await;
+            if let Side::Source(source) = &*side
+                && source.undecided()
+                && source.deadline <= Instant::now()
+            {
+                warn!("frozen for {limit:?} without a commit: thawing");
+                if let Err(error) = a_move.thaw(&mut side, &containers).await {
+                    warn!("thaw: {error}");
+                }
+            }
+        });
+    }
+
+    /// Dumps; the container stays frozen, whatever the outcome.
+    pub(super) async fn dump(&self, side: &mut Side) -> Result<DumpResponse> {
+        let source = at_source(side)?;
+        let start = Instant::now();
+        let images = source.images();
+        let work = source.container.bundle().join("ferry-dump");
+        let options = DumpOptions {
+            tcp_established: true,
+            // Ours keeps the whole address silent. A private network has only loopback, which
+            // CRIU locks in there.
+            network_lock: if source.locked { NetworkLock::Skip } else { NetworkLock::Nftables },
+            ..Default::default()
+        };
+        let deadline = source.deadline.saturating_duration_since(Instant::now());
+        let params = CheckpointParams {
+            images: images.clone(),
+            work: work.clone(),
+            leave_running: true,
+            options,
+            extra: Vec::new(),
+            deadline,
+        };
+        let done = source.container.checkpoint(params).await;
+        let _ = std::fs::remove_dir_all(&work);
+        done?;
+        // CRIU gives the freezer back as it found it; a container that ran on since the dump must
+        // never be committed.
+        if !source.freezer.is_frozen().context("look at the freezer")? {
+            return Err(Error::internal("the dump has thawed the container"));
+        }
+        self.enter(Phase::PHASE_DUMPED, &source.migration);
+        Ok(DumpResponse {
+            dump_us: micros(start),
+            images_bytes: size_of(&images),
+            images_path: images.display().to_string(),
+            ..Default::default()
+        })
+    }
+
+    /// Gives the container back: thawed, unlocked, nothing left of the migration.
+    pub(super) async fn thaw(&self, side: &mut Side, containers: &Containers) -> Result<()> {
+        let source = at_source(side)?;
+        let freezer = source.freezer.clone();
+        tokio::task::spawn_blocking(move || freezer.thaw(FREEZER))
+            .await
+            .context("thaw")?
+            .context("thaw")?;
+        // From here on it runs: what fails below is told and does not undo that.
+        let unlocked = match source.locked {
+            true => unlock(containers, &source.migration).await,
+            false => Ok(()),
+        };
+        let images = source.images();
+        if let Err(error) = std::fs::remove_dir_all(&images)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            warn!("remove {}: {error}", images.display());
+        }
+        if unlocked.is_ok() {
+            self.enter(Phase::PHASE_NONE, "");
+            *side = Side::None;
+        }
+        unlocked
+    }
+
+    /// Writes down that the destination shall run the container.
+    pub(super) fn commit(&self, side: &mut Side, record: &Record) -> Result<()> {
+        let source = at_source(side)?;
+        if !source.lease.is_alive() || source.deadline <= Instant::now() {
+            return Err(Error::failed_precondition("the migration is being rolled back"));
+        }
+        record.write().context("write the record of the commit")?;
+        source.committed = true;
+        self.enter(Phase::PHASE_COMMITTED, &source.migration);
+        Ok(())
+    }
+
+    /// Undoes the commit, on the destination's word.
+    pub(super) async fn revert(&self, side: &mut Side, containers: &Containers) -> Result<()> {
+        let migration = at_source(side)?.migration.clone();
+        self.thaw(side, containers).await?;
+        Record::remove(&migration).context("remove the record of the commit")
+    }
+
+    /// Ends the frozen tasks. Their sockets are taken out of the protocol first, so that no peer
+    /// hears of it and no connection lingers that the same container could come back to.
+    pub(super) async fn retire(&self, side: &mut Side) -> Result<()> {
+        let source = at_source(side)?;
+        if source.reservation.is_none() {
+            return Ok(());
+        }
+        if source.container.snapshot().status != Status::Stopped {
+            let pids = source.container.pids().await?;
+            let silenced = tokio::task::spawn_blocking(move || sockets::silence(&pids))
+                .await
+                .context("silence the connections")?
+                .context("silence the connections")?;
+            source.container.kill_all().await?;
+            let freezer = source.freezer.clone();
+            let thawed = tokio::task::spawn_blocking(move || freezer.thaw(FREEZER)).await;
+            let ended = source.container.wait_exited(EXIT).await;
+            drop(silenced);
+            if let Err(error) = &ended {
+                warn!("thaw of killed tasks: {thawed:?}; {error}");
+            }
+            ended?;
+        }
+        source.reservation = None;
+        self.enter(Phase::PHASE_RETIRED, &source.migration);
+        Ok(())
+    }
+}
+
+fn at_source(side: &mut Side) -> Result<&mut AtSource> {
+    match side {
+        Side::Source(source) => Ok(source),
+        _ => Err(Error::failed_precondition("the container is not leaving")),
+    }
+}
+
+fn addresses(texts: &[String]) -> Result<Vec<Ipv4Addr>> {
+    let parse = |text: &String| {
+        text.parse()
+            .map_err(|_| Error::invalid_argument(format!("{text:?} is no IPv4 address")))
+    };
+    texts.iter().map(parse).collect()
+}
+
+async fn lock(containers: &Containers, migration: &str, to: &[Ipv4Addr]) -> Result<()> {
+    nft(containers, quarantine::add(migration, to), "lock the connections").await
+}
+
+async fn unlock(containers: &Containers, migration: &str) -> Result<()> {
+    nft(containers, quarantine::remove(migration), "unlock the connections").await
+}
+
+async fn nft(containers: &Containers, command: std::process::Command, what: &str) -> Result<()> {
+    let output = containers.reaper.run(command, NFT).await?;
+    if output.status == 0 {
+        return Ok(());
+    }
+    let printed = String::from_utf8_lossy(&output.stderr);
+    Err(Error::internal(format!("{what}: nft: {}", printed.trim())))
+}
+
+fn size_of(dir: &std::path::Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(dir) else { return 0 };
+    entries.flatten().filter_map(|e| e.metadata().ok()).map(|m| m.len()).sum()
+}
+
+pub(super) fn micros(start: Instant) -> u64 {
+    u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX)
+}

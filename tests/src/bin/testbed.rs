@@ -1,0 +1,142 @@
+//! `testbed`: makes, shows, enters and removes a lab that stays. Called by `hack/testbed`.
+
+use std::io::IsTerminal;
+use std::os::unix::process::CommandExt;
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use clap::{Parser, Subcommand};
+use ferry_tests::{Lab, cache, images, network, sweep};
+use nix::fcntl::FlockArg;
+
+#[derive(Parser)]
+#[command(about = "Test hosts on this machine")]
+struct Arguments {
+    /// The lab: several can run side by side
+    #[arg(long, global = true, default_value = "ferry")]
+    lab: String,
+    #[command(subcommand)]
+    command: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Start the hosts, or install ferry's programs again where they run already
+    Up {
+        /// How many hosts, called a, b, ... (2, or as many as run already)
+        #[arg(long, value_parser = clap::value_parser!(u8).range(1..=8))]
+        hosts: Option<u8>,
+    },
+    /// Remove the hosts and all that killed tests left
+    Down,
+    /// Open a shell on a host (a, b, ... or client), or run a command there
+    Shell {
+        /// The host
+        host: String,
+        /// The command and its arguments
+        #[arg(last = true)]
+        command: Vec<String>,
+    },
+    /// Say what runs
+    Status,
+    /// Start hosts in a lab of their own, and remove it when the input ends
+    Hold {
+        /// How many hosts
+        #[arg(long, default_value_t = 1)]
+        hosts: u8,
+    },
+    /// Make the base system and the images if they are missing
+    Prepare,
+}
+
+fn main() -> ExitCode {
+    let Arguments { lab, command } = Arguments::parse();
+    let done = match command {
+        Action::Up { hosts } => up(&lab, hosts),
+        Action::Down => down(&lab),
+        Action::Shell { host, command } => shell(&lab, &host, &command),
+        Action::Status => status(&lab),
+        Action::Hold { hosts } => hold(hosts),
+        Action::Prepare => images::ensure().map(|_| ()),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("testbed: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn up(id: &str, hosts: Option<u8>) -> Result<()> {
+    let _lock = cache::lock("testbed", FlockArg::LockExclusive)?;
+    let running = Lab::attach(id)?;
+    let is_right = |lab: &Lab| hosts.is_none_or(|n| lab.hosts().len() == usize::from(n));
+    let lab = match running.filter(is_right) {
+        Some(lab) => lab,
+        None => {
+            Lab::remove(id)?;
+            Lab::start_kept(id, hosts.unwrap_or(2))?
+        }
+    };
+    for program in lab.install_ferry()? {
+        println!("installed on every host: {}", program.display());
+    }
+    show(&lab);
+    Ok(())
+}
+
+fn down(id: &str) -> Result<()> {
+    let _lock = cache::lock("testbed", FlockArg::LockExclusive)?;
+    sweep::sweep()?;
+    Lab::remove(id)?;
+    images::prune()
+}
+
+fn status(id: &str) -> Result<()> {
+    match Lab::attach(id)? {
+        Some(lab) => show(&lab),
+        None => println!("no hosts run"),
+    }
+    for other in sweep::labs()?.into_iter().filter(|other| other != id) {
+        println!("another lab is there: {other}");
+    }
+    Ok(())
+}
+
+fn hold(hosts: u8) -> Result<()> {
+    let lab = Lab::start(hosts)?;
+    println!("{}", lab.id());
+    show(&lab);
+    std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
+    Ok(())
+}
+
+fn show(lab: &Lab) {
+    let client = lab.find("client");
+    for host in lab.hosts().iter().chain(client) {
+        println!("{:<8}{:<16}pid {}", host.name(), host.address(), host.pid());
+    }
+    println!(
+        "floating address for containers: {}/24",
+        network::address(100)
+    );
+}
+
+fn shell(id: &str, host: &str, command: &[String]) -> Result<()> {
+    let Some(lab) = Lab::attach(id)? else {
+        bail!("no hosts run; start them with `up`")
+    };
+    let Some(host) = lab.find(host) else {
+        bail!("there is no host {host} in this lab")
+    };
+    let mut words: Vec<_> = command.iter().map(String::as_str).collect();
+    if words.is_empty() {
+        words = vec!["/bin/bash", "-i"];
+        if std::io::stdin().is_terminal() {
+            // A terminal of the host's own: this machine's has no name there.
+            words = vec!["script", "--quiet", "--command", "/bin/bash", "/dev/null"];
+        }
+    }
+    Err(host.command(&words).exec().into())
+}
