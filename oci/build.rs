@@ -9,10 +9,7 @@ fn main() {
         .inputs(["proto/ferry.proto"])
         .include("proto")
         .rust_protobuf()
-        .customize(Customize {
-            async_all: true,
-            ..Default::default()
-        })
+        .customize(Customize { async_all: true, ..Default::default() })
         .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(true))
         .run()
         .expect("generate the Ferry service");

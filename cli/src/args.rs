@@ -101,10 +101,7 @@ impl Args {
             Command::Migrate { container, to, ip, mode, dry_run, remote_ferry } => {
                 if mode != Mode::Stop {
                     let name = mode.to_possible_value().map(|v| v.get_name().to_owned());
-                    bail!(
-                        "--mode {} is not there yet: use --mode stop",
-                        name.unwrap_or_default()
-                    );
+                    bail!("--mode {} is not there yet: use --mode stop", name.unwrap_or_default());
                 }
                 let destination: Destination =
                     to.parse().map_err(|e| anyhow::anyhow!("--to: {e}"))?;

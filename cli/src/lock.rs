@@ -1,19 +1,24 @@
-//! One agent at a time for one migration.
+//! One process at a time for one purpose on this host.
 //!
 //! A driver that was killed leaves an agent behind that may still read a commit from its input.
-//! Whoever asks what became of the migration must wait until that agent has ended.
+//! Whoever asks what became of the migration must wait until that agent has ended. The lock is an
+//! abstract socket: the kernel gives it up with the process that holds it, however that ends, and
+//! no file stays behind.
 
-use std::fs::{self, File, OpenOptions};
-use std::path::Path;
+use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use ferry_oci::paths;
+
+/// How often a lock is tried that somebody else holds.
+const POLL: Duration = Duration::from_millis(20);
 
 /// Holds the lock until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Lock {
-    _file: File,
+    _socket: UnixListener,
 }
 
 /// Takes the lock called `name`, waiting at most `limit`.
@@ -21,41 +26,35 @@ pub(crate) struct Lock {
 /// # Errors
 /// When somebody holds it longer than that.
 pub(crate) async fn take(name: &str, limit: Duration) -> Result<Lock> {
-    let dir = Path::new(paths::RUN).join("locks");
-    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-    let path = dir.join(name);
+    let name = format!("ferry/{name}");
+    let address = SocketAddr::from_abstract_name(&name)
+        .with_context(|| format!("{name} is too long for a lock"))?;
     let start = Instant::now();
     loop {
-        let file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .with_context(|| format!("open {}", path.display()))?;
-        if file.try_lock().is_ok() {
-            // Whoever held it may have removed the file: then the lock is on nothing.
-            if same_file(&file, &path) {
-                return Ok(Lock { _file: file });
-            }
-            continue;
+        match UnixListener::bind_addr(&address) {
+            Ok(socket) => return Ok(Lock { _socket: socket }),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+            Err(error) => return Err(error).with_context(|| format!("take the lock {name}")),
         }
         if start.elapsed() >= limit {
-            bail!("another ferry holds {} (waited {} s)", path.display(), limit.as_secs());
+            bail!("another ferry holds {name} (waited {} s)", limit.as_secs());
         }
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(POLL).await;
     }
 }
 
-/// Removes the lock's file while it is held, so that nothing stays behind.
-pub(crate) fn remove(name: &str, lock: Lock) {
-    let _ = fs::remove_file(Path::new(paths::RUN).join("locks").join(name));
-    drop(lock);
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-fn same_file(file: &File, path: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    match (file.metadata(), fs::metadata(path)) {
-        (Ok(a), Ok(b)) => a.ino() == b.ino() && a.dev() == b.dev(),
-        _ => false,
+    #[tokio::test]
+    async fn a_lock_is_held_by_one_and_free_when_it_is_dropped() {
+        let name = format!("test-{}", std::process::id());
+        let held = take(&name, Duration::ZERO).await.unwrap();
+        let error = take(&name, Duration::from_millis(30)).await.unwrap_err().to_string();
+        assert!(error.contains("another ferry holds"), "{error}");
+        let waiting = tokio::spawn(async move { take(&name, Duration::from_secs(5)).await });
+        drop(held);
+        waiting.await.unwrap().unwrap();
     }
 }

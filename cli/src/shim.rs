@@ -11,8 +11,8 @@ use ferry_oci::api::ferry::{
 use ferry_oci::api::ferry_ttrpc::FerryClient;
 use ferry_oci::paths;
 use serde::Deserialize;
-use ttrpc::context::Context;
 use ttrpc::r#async::Client;
+use ttrpc::context::Context;
 
 /// For calls that only look or write a record.
 const QUICK: Duration = Duration::from_secs(10);
@@ -54,8 +54,8 @@ impl Shim {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             other => other.with_context(|| format!("read {}", path.display()))?,
         };
-        let announced: Announcement = serde_json::from_slice(&bytes)
-            .with_context(|| format!("decode {}", path.display()))?;
+        let announced: Announcement =
+            serde_json::from_slice(&bytes).with_context(|| format!("decode {}", path.display()))?;
         if announced.version != ferry_oci::PROTOCOL {
             return Err(anyhow!(
                 "the shim of {id} speaks protocol {}, this ferry {}: start the container anew \
@@ -64,9 +64,10 @@ impl Shim {
                 ferry_oci::PROTOCOL
             ));
         }
-        let client = Client::connect(&format!("unix://{}", announced.socket))
-            .await
-            .map_err(|e| anyhow!("the shim of {id} does not answer on {}: {e}", announced.socket))?;
+        let client =
+            Client::connect(&format!("unix://{}", announced.socket)).await.map_err(|e| {
+                anyhow!("the shim of {id} does not answer on {}: {e}", announced.socket)
+            })?;
         Ok(Some(Self { client: FerryClient::new(client), id: id.to_owned() }))
     }
 

@@ -58,10 +58,8 @@ impl Freezer {
     /// When the process is gone or its cgroup has no freezer.
     pub fn of(pid: u32) -> Result<Self, FreezerError> {
         let path = PathBuf::from(format!("/proc/{pid}/cgroup"));
-        let text = fs::read_to_string(&path).map_err(|source| FreezerError::Io {
-            path: path.clone(),
-            source,
-        })?;
+        let text = fs::read_to_string(&path)
+            .map_err(|source| FreezerError::Io { path: path.clone(), source })?;
         Self::from_proc(Path::new(CGROUP_ROOT), &text).ok_or(FreezerError::NoFreezer(pid))
     }
 
@@ -78,16 +76,10 @@ impl Freezer {
                 continue;
             }
             if controllers.split(',').any(|c| c == "freezer") {
-                return Some(Self {
-                    kind: Kind::V1,
-                    cgroup: root.join("freezer").join(relative),
-                });
+                return Some(Self { kind: Kind::V1, cgroup: root.join("freezer").join(relative) });
             }
             if controllers.is_empty() {
-                unified = Some(Self {
-                    kind: Kind::V2,
-                    cgroup: root.join(relative),
-                });
+                unified = Some(Self { kind: Kind::V2, cgroup: root.join(relative) });
             }
         }
         unified
@@ -141,10 +133,8 @@ impl Freezer {
         let start = Instant::now();
         loop {
             // A v1 freezer can stay FREEZING while tasks fork: writing again makes it look again.
-            fs::write(&path, value).map_err(|source| FreezerError::Io {
-                path: path.clone(),
-                source,
-            })?;
+            fs::write(&path, value)
+                .map_err(|source| FreezerError::Io { path: path.clone(), source })?;
             for _ in 0..50 {
                 if self.is_frozen()? == frozen {
                     return Ok(());
@@ -196,10 +186,7 @@ mod tests {
 
     #[test]
     fn the_root_cgroup_is_never_frozen() {
-        assert_eq!(
-            Freezer::from_proc(Path::new("/cg"), "3:freezer:/\n0::/\n"),
-            None
-        );
+        assert_eq!(Freezer::from_proc(Path::new("/cg"), "3:freezer:/\n0::/\n"), None);
     }
 
     #[test]
@@ -209,21 +196,9 @@ mod tests {
         // so the v2 pair is used, whose state is a second file that nobody updates.
         fs::write(dir.path().join("cgroup.freeze"), "0").unwrap();
         fs::write(dir.path().join("cgroup.events"), "populated 1\nfrozen 0\n").unwrap();
-        let freezer = Freezer {
-            kind: Kind::V2,
-            cgroup: dir.path().to_path_buf(),
-        };
+        let freezer = Freezer { kind: Kind::V2, cgroup: dir.path().to_path_buf() };
         let error = freezer.freeze(Duration::from_millis(5)).unwrap_err();
-        assert!(matches!(
-            error,
-            FreezerError::Deadline {
-                wanted: "frozen",
-                ..
-            }
-        ));
-        assert_eq!(
-            fs::read_to_string(dir.path().join("cgroup.freeze")).unwrap(),
-            "0"
-        );
+        assert!(matches!(error, FreezerError::Deadline { wanted: "frozen", .. }));
+        assert_eq!(fs::read_to_string(dir.path().join("cgroup.freeze")).unwrap(), "0");
     }
 }

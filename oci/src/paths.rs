@@ -27,7 +27,5 @@ pub fn record(migration: &str) -> PathBuf {
 /// Whether `id` is safe in a path and in the name of a firewall table.
 pub fn is_migration_id(id: &str) -> bool {
     (8..=64).contains(&id.len())
-        && id
-            .bytes()
-            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        && id.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
 }

@@ -52,16 +52,11 @@ fn nft(script: String) -> Command {
 
 fn add_script(migration: &str, addresses: &[Ipv4Addr]) -> String {
     let table = table(migration);
-    let set = addresses
-        .iter()
-        .map(ToString::to_string)
-        .collect::<Vec<_>>()
-        .join(", ");
+    let set = addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
     let mut script = remove_script(migration);
-    for (family, priority, from, to) in [
-        ("inet", PRIORITY, "ip saddr", "ip daddr"),
-        ("arp", 0, "arp saddr ip", "arp daddr ip"),
-    ] {
+    for (family, priority, from, to) in
+        [("inet", PRIORITY, "ip saddr", "ip daddr"), ("arp", 0, "arp saddr ip", "arp daddr ip")]
+    {
         script += &format!(
             "add table {family} {table}; \
              add chain {family} {table} in {{ type filter hook input priority {priority}; }}; \

@@ -108,11 +108,7 @@ fn inodes_of(pids: &[u32]) -> BTreeMap<u64, (u32, i32)> {
 }
 
 fn socket_inode(link: &Path) -> Option<u64> {
-    link.to_str()?
-        .strip_prefix("socket:[")?
-        .strip_suffix(']')?
-        .parse()
-        .ok()
+    link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
 /// Connections that were taken out of the protocol: as long as this is held, and after the
@@ -166,21 +162,10 @@ fn parse(protocol: Protocol, line: &str) -> Option<InetSocket> {
     let state = u8::from_str_radix(fields.get(3)?, 16).ok()?;
     let inode = fields.get(9)?.parse().ok()?;
     let (listening, connected) = match protocol {
-        Protocol::Tcp => (
-            state == TCP_LISTEN,
-            state != TCP_LISTEN && state != TCP_CLOSE,
-        ),
+        Protocol::Tcp => (state == TCP_LISTEN, state != TCP_LISTEN && state != TCP_CLOSE),
         Protocol::Udp | Protocol::Raw => (state != UDP_CONNECTED, state == UDP_CONNECTED),
     };
-    Some(InetSocket {
-        protocol,
-        local,
-        remote,
-        listening,
-        connected,
-        dual_stack,
-        inode,
-    })
+    Some(InetSocket { protocol, local, remote, listening, connected, dual_stack, inode })
 }
 
 /// `0100007F:1F90`: each 32-bit word in the host's byte order, the port in hexadecimal.
@@ -223,10 +208,7 @@ mod tests {
     #[test]
     fn a_mapped_address_is_given_as_ipv4() {
         let text = "0000000000000000FFFF00000100007F:0050";
-        assert_eq!(
-            parse_address(text),
-            Some(("127.0.0.1:80".parse().unwrap(), false))
-        );
+        assert_eq!(parse_address(text), Some(("127.0.0.1:80".parse().unwrap(), false)));
         let any = "00000000000000000000000000000000:0050";
         assert_eq!(parse_address(any), Some(("[::]:80".parse().unwrap(), true)));
     }
@@ -234,10 +216,7 @@ mod tests {
     #[test]
     fn short_or_foreign_lines_are_passed_over() {
         assert_eq!(parse(Protocol::Tcp, ""), None);
-        assert_eq!(
-            parse(Protocol::Tcp, "0: 0100:18EB 00000000:0000 0A 0 0 0 0 0 1"),
-            None
-        );
+        assert_eq!(parse(Protocol::Tcp, "0: 0100:18EB 00000000:0000 0A 0 0 0 0 0 1"), None);
     }
 
     #[test]
@@ -248,9 +227,7 @@ mod tests {
         let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
         let found = of_processes(&[std::process::id()]).unwrap();
         let has = |local: SocketAddr, listening: bool| {
-            found
-                .iter()
-                .any(|s| s.local == local && s.listening == listening)
+            found.iter().any(|s| s.local == local && s.listening == listening)
         };
         assert!(has(address, true));
         assert!(has(stream.local_addr().unwrap(), false));

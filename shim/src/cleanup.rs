@@ -17,10 +17,7 @@ pub(crate) const KILLED: u32 = 128 + 9;
 pub(crate) fn cleanup(namespace: &str, id: &str, bundle: &Path) -> u32 {
     let steps = [
         ("remove the container", delete(namespace, id, bundle)),
-        (
-            "unmount its root file system",
-            mounts::umount(&bundle.join("rootfs")),
-        ),
+        ("unmount its root file system", mounts::umount(&bundle.join("rootfs"))),
         ("remove the Ferry service's socket", remove_ferry_socket(bundle)),
         ("remove the Task service's socket", remove_task_socket(bundle)),
     ];
@@ -49,9 +46,7 @@ fn delete(namespace: &str, id: &str, bundle: &Path) -> Result<()> {
         true => Ok(()),
         false => {
             let text = String::from_utf8_lossy(&output.stderr).trim().to_string();
-            Err(crate::error::Error::internal(format!(
-                "runc delete: {text}"
-            )))
+            Err(crate::error::Error::internal(format!("runc delete: {text}")))
         }
     }
 }

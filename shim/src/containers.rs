@@ -35,13 +35,7 @@ impl Containers {
         exit: Arc<ExitSignal>,
     ) -> Arc<Self> {
         let map = Mutex::default();
-        Arc::new(Self {
-            namespace: namespace.to_string(),
-            reaper,
-            events,
-            exit,
-            map,
-        })
+        Arc::new(Self { namespace: namespace.to_string(), reaper, events, exit, map })
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
@@ -78,9 +72,7 @@ impl Containers {
         {
             let mut map = self.lock();
             if map.contains_key(&id) {
-                return Err(Error::already_exists(format!(
-                    "container {id:?} already exists"
-                )));
+                return Err(Error::already_exists(format!("container {id:?} already exists")));
             }
             map.insert(id.clone(), Slot::Creating);
         }

@@ -51,10 +51,7 @@ impl Error {
 
     /// The same error with `context` in front.
     pub(crate) fn context(self, context: impl Display) -> Self {
-        Self {
-            text: format!("{context}: {}", self.text),
-            ..self
-        }
+        Self { text: format!("{context}: {}", self.text), ..self }
     }
 }
 

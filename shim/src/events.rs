@@ -42,10 +42,7 @@ impl Events {
         };
         let (queue, items) = mpsc::unbounded_channel();
         tokio::spawn(forward(address, items));
-        Self {
-            namespace: namespace.to_string(),
-            queue,
-        }
+        Self { namespace: namespace.to_string(), queue }
     }
 
     /// Queues an event; never waits.

@@ -87,11 +87,7 @@ impl Shim for FerryShim {
         // containerd may run it in the bundle, or beside it.
         let bundle = match self.bundle.file_name() {
             Some(name) if name == self.id.as_str() => self.bundle.clone(),
-            _ => self
-                .bundle
-                .parent()
-                .unwrap_or(Path::new("/"))
-                .join(&self.id),
+            _ => self.bundle.parent().unwrap_or(Path::new("/")).join(&self.id),
         };
         let (namespace, id) = (self.namespace.clone(), self.id.clone());
         let cleanup =
@@ -149,10 +145,7 @@ impl FerryShim {
                 None
             }
         };
-        let _ = self.serving.set(Serving {
-            events,
-            _ferry: ferry,
-        });
+        let _ = self.serving.set(Serving { events, _ferry: ferry });
         Ok(Service::new(containers))
     }
 }

@@ -19,14 +19,11 @@ pub(crate) async fn mount(mounts: Vec<Mount>, rootfs: PathBuf) -> Result<()> {
             }
             _ => {}
         }
-        mounts
-            .iter()
-            .try_for_each(|mount| one(mount, &rootfs))
-            .inspect_err(|_| {
-                if let Err(err) = umount(&rootfs) {
-                    log::warn!("undo the root file system: {err}");
-                }
-            })
+        mounts.iter().try_for_each(|mount| one(mount, &rootfs)).inspect_err(|_| {
+            if let Err(err) = umount(&rootfs) {
+                log::warn!("undo the root file system: {err}");
+            }
+        })
     })
     .await
 }
@@ -41,13 +38,8 @@ fn one(mount: &Mount, rootfs: &Path) -> Result<()> {
 /// `target` below `rootfs`; containerd sets it for file systems made of several mounts.
 fn target(rootfs: &Path, target: &str) -> Result<PathBuf> {
     let relative = Path::new(target.trim_start_matches('/'));
-    if relative
-        .components()
-        .any(|part| !matches!(part, Component::Normal(_) | Component::CurDir))
-    {
-        return Err(Error::invalid_argument(format!(
-            "mount target {target:?} leaves the rootfs"
-        )));
+    if relative.components().any(|part| !matches!(part, Component::Normal(_) | Component::CurDir)) {
+        return Err(Error::invalid_argument(format!("mount target {target:?} leaves the rootfs")));
     }
     Ok(rootfs.join(relative))
 }
@@ -97,10 +89,7 @@ mod tests {
     fn targets_stay_below_the_rootfs() {
         let rootfs = Path::new("/b/rootfs");
         assert_eq!(target(rootfs, "").unwrap(), Path::new("/b/rootfs/"));
-        assert_eq!(
-            target(rootfs, "/data").unwrap(),
-            Path::new("/b/rootfs/data")
-        );
+        assert_eq!(target(rootfs, "/data").unwrap(), Path::new("/b/rootfs/data"));
         assert!(target(rootfs, "../x").is_err());
     }
 }

@@ -57,12 +57,7 @@ impl TaskOptions {
 
     /// The runc of these options.
     pub(crate) fn runc(&self, namespace: &str) -> Runc {
-        Runc::new(
-            &self.binary_name,
-            &self.root,
-            namespace,
-            self.systemd_cgroup,
-        )
+        Runc::new(&self.binary_name, &self.root, namespace, self.systemd_cgroup)
     }
 
     /// Writes them for the `delete` action, which may have to clean up after a dead shim.
@@ -111,11 +106,7 @@ mod tests {
     use containerd_shim::protos::ttrpc::Code;
 
     fn any(type_url: &str, value: Vec<u8>) -> Any {
-        Any {
-            type_url: type_url.into(),
-            value,
-            ..Default::default()
-        }
+        Any { type_url: type_url.into(), value, ..Default::default() }
     }
 
     #[test]
@@ -147,15 +138,9 @@ mod tests {
     #[test]
     fn absent_and_empty_options_are_the_defaults() {
         assert_eq!(TaskOptions::decode(None).unwrap(), TaskOptions::default());
-        assert_eq!(
-            TaskOptions::decode(Some(&any("", vec![]))).unwrap(),
-            TaskOptions::default()
-        );
+        assert_eq!(TaskOptions::decode(Some(&any("", vec![]))).unwrap(), TaskOptions::default());
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(
-            TaskOptions::read(dir.path()).unwrap(),
-            TaskOptions::default()
-        );
+        assert_eq!(TaskOptions::read(dir.path()).unwrap(), TaskOptions::default());
     }
 
     #[test]
@@ -163,9 +148,6 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let text = r#"{"binary_name":"/x/runc","task_api_version":3}"#;
         std::fs::write(dir.path().join(FILE), text).unwrap();
-        assert_eq!(
-            TaskOptions::read(dir.path()).unwrap().binary_name,
-            "/x/runc"
-        );
+        assert_eq!(TaskOptions::read(dir.path()).unwrap().binary_name, "/x/runc");
     }
 }

@@ -38,10 +38,7 @@ pub(crate) struct Exit {
 impl Exit {
     /// An exit with `status`, now.
     pub(crate) fn now(status: u32) -> Self {
-        Self {
-            status,
-            at: SystemTime::now(),
-        }
+        Self { status, at: SystemTime::now() }
     }
 }
 
@@ -133,18 +130,10 @@ impl Reaper {
     pub(crate) fn spawn(self: &Arc<Self>, mut command: Command) -> Result<Child> {
         command.process_group(0);
         let mut state = self.lock();
-        let child = command
-            .spawn()
-            .context(format!("run {:?}", command.get_program()))?;
+        let child = command.spawn().context(format!("run {:?}", command.get_program()))?;
         let pid = child.id() as i32;
         let (token, exit) = state.watch(pid);
-        Ok(Child {
-            reaper: self.clone(),
-            pid,
-            token,
-            exit,
-            done: None,
-        })
+        Ok(Child { reaper: self.clone(), pid, token, exit, done: None })
     }
 
     /// Runs `command` to its end and collects what it prints. When `deadline` has passed, its whole
@@ -161,16 +150,10 @@ impl Reaper {
         let mut child = self.spawn(command)?;
         let done = async { tokio::join!(child.wait(), read(out), read(err)) };
         match tokio::time::timeout(deadline, done).await {
-            Ok((exit, stdout, stderr)) => Ok(Output {
-                status: exit.status,
-                stdout,
-                stderr,
-            }),
+            Ok((exit, stdout, stderr)) => Ok(Output { status: exit.status, stdout, stderr }),
             Err(_) => {
                 child.kill_group();
-                Err(Error::deadline_exceeded(format!(
-                    "{name} took longer than {deadline:?}"
-                )))
+                Err(Error::deadline_exceeded(format!("{name} took longer than {deadline:?}")))
             }
         }
     }
@@ -179,10 +162,7 @@ impl Reaper {
     pub(crate) fn window(self: &Arc<Self>) -> Window {
         let mut state = self.lock();
         state.windows += 1;
-        Window {
-            reaper: self.clone(),
-            since: state.tick(),
-        }
+        Window { reaper: self.clone(), since: state.tick() }
     }
 
     /// Sends `signal` to a process that is registered here. It cannot hit another process that got
@@ -266,11 +246,7 @@ impl Child {
 impl Drop for Child {
     fn drop(&mut self) {
         let mut state = self.reaper.lock();
-        if state
-            .watched
-            .get(&self.pid)
-            .is_some_and(|(token, _)| *token == self.token)
-        {
+        if state.watched.get(&self.pid).is_some_and(|(token, _)| *token == self.token) {
             state.watched.remove(&self.pid);
         }
     }
@@ -286,23 +262,14 @@ impl Window {
     /// Registers `pid`, which may have exited since the window was opened.
     pub(crate) fn adopt(&self, pid: i32) -> Child {
         let mut state = self.reaper.lock();
-        let stray = state
-            .strays
-            .iter()
-            .position(|(at, p, _)| *at > self.since && *p == pid);
+        let stray = state.strays.iter().position(|(at, p, _)| *at > self.since && *p == pid);
         let done = stray.map(|at| state.strays.remove(at).2);
         let (token, exit) = match done {
             Some(_) => (0, oneshot::channel().1),
             None => state.watch(pid),
         };
         drop(state);
-        Child {
-            reaper: self.reaper.clone(),
-            pid,
-            token,
-            exit,
-            done,
-        }
+        Child { reaper: self.reaper.clone(), pid, token, exit, done }
     }
 }
 
@@ -338,10 +305,7 @@ mod tests {
     fn with_reaper<F: Future<Output = ()>>(test: impl FnOnce(Arc<Reaper>) -> F) {
         static ONE: Mutex<()> = Mutex::new(());
         let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .enable_all()
-            .build()
-            .unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
         runtime.block_on(async { test(Reaper::start().unwrap()).await });
     }
 
@@ -355,39 +319,21 @@ mod tests {
     fn exits_signals_and_output_arrive() {
         with_reaper(|reaper| async move {
             let limit = Duration::from_secs(20);
-            let output = reaper
-                .run(sh("echo out; echo err >&2; exit 7"), limit)
-                .await
-                .unwrap();
+            let output = reaper.run(sh("echo out; echo err >&2; exit 7"), limit).await.unwrap();
             assert_eq!((output.status, &output.stdout[..]), (7, &b"out\n"[..]));
             assert_eq!(output.stderr, b"err\n");
-            assert_eq!(
-                reaper.run(sh("kill -9 $$"), limit).await.unwrap().status,
-                137
-            );
-            assert!(
-                reaper
-                    .run(Command::new("/nonexistent"), limit)
-                    .await
-                    .is_err()
-            );
-            let err = reaper
-                .run(sh("sleep 100"), Duration::from_millis(50))
-                .await
-                .unwrap_err();
-            assert_eq!(
-                err.code(),
-                containerd_shim::protos::ttrpc::Code::DEADLINE_EXCEEDED
-            );
+            assert_eq!(reaper.run(sh("kill -9 $$"), limit).await.unwrap().status, 137);
+            assert!(reaper.run(Command::new("/nonexistent"), limit).await.is_err());
+            let err = reaper.run(sh("sleep 100"), Duration::from_millis(50)).await.unwrap_err();
+            assert_eq!(err.code(), containerd_shim::protos::ttrpc::Code::DEADLINE_EXCEEDED);
         });
     }
 
     #[test]
     fn no_exit_of_many_short_children_is_lost() {
         with_reaper(|reaper| async move {
-            let mut children: Vec<_> = (0..200)
-                .map(|_| reaper.spawn(Command::new("/bin/true")).unwrap())
-                .collect();
+            let mut children: Vec<_> =
+                (0..200).map(|_| reaper.spawn(Command::new("/bin/true")).unwrap()).collect();
             for child in &mut children {
                 let exit = tokio::time::timeout(Duration::from_secs(20), child.wait()).await;
                 assert_eq!(exit.unwrap().status, 0);
@@ -411,11 +357,7 @@ mod tests {
     #[test]
     fn a_hold_lets_its_work_wait_for_children() {
         with_reaper(|reaper| async move {
-            let output = reaper
-                .hold(|| sh("echo x").output())
-                .await
-                .unwrap()
-                .unwrap();
+            let output = reaper.hold(|| sh("echo x").output()).await.unwrap().unwrap();
             assert_eq!(output.stdout, b"x\n");
         });
     }

@@ -45,13 +45,7 @@ impl Drop for Log {
 impl Runtime {
     pub(crate) fn new(runc: Runc, reaper: Arc<Reaper>, bundle: &Path) -> Self {
         let calls = Arc::default();
-        Self {
-            runc,
-            reaper,
-            bundle: bundle.to_owned(),
-            calls,
-            version: Arc::default(),
-        }
+        Self { runc, reaper, bundle: bundle.to_owned(), calls, version: Arc::default() }
     }
 
     fn command(&self, verb: &dyn Verb) -> (Command, Log) {
@@ -82,11 +76,7 @@ impl Runtime {
         stdio.attach(&mut command);
         command.envs(env.iter().copied());
         let child = self.reaper.spawn(command)?;
-        Ok(Running {
-            child,
-            name: verb.name(),
-            log,
-        })
+        Ok(Running { child, name: verb.name(), log })
     }
 
     /// [`Runtime::start`], and waits for runc to return. The container's process lives on.

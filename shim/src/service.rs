@@ -71,10 +71,7 @@ impl Task for Service {
                 warn!("announce the Ferry service: {err:#}");
             }
             let pid = container.snapshot().pid;
-            Ok(api::CreateTaskResponse {
-                pid,
-                ..Default::default()
-            })
+            Ok(api::CreateTaskResponse { pid, ..Default::default() })
         })
         .await
     }
@@ -90,10 +87,7 @@ impl Task for Service {
                 "" => container.start().await?,
                 exec => container.start_exec(exec).await?,
             };
-            Ok(api::StartResponse {
-                pid,
-                ..Default::default()
-            })
+            Ok(api::StartResponse { pid, ..Default::default() })
         })
         .await
     }
@@ -109,11 +103,7 @@ impl Task for Service {
             "" => (req.id, task, container.stdio().clone()),
             exec => {
                 let exec = container.get_exec(exec)?;
-                (
-                    exec.id().to_string(),
-                    frozen_with(exec.snapshot(), task),
-                    exec.stdio().clone(),
-                )
+                (exec.id().to_string(), frozen_with(exec.snapshot(), task), exec.stdio().clone())
             }
         };
         Ok(api::StateResponse {
@@ -126,10 +116,7 @@ impl Task for Service {
             stderr: stdio.stderr,
             terminal: stdio.terminal,
             exit_status: snapshot.exit.map(|exit| exit.status).unwrap_or_default(),
-            exited_at: snapshot
-                .exit
-                .map(|exit| timestamp(exit.at))
-                .unwrap_or_default(),
+            exited_at: snapshot.exit.map(|exit| timestamp(exit.at)).unwrap_or_default(),
             exec_id: req.exec_id,
             ..Default::default()
         })
@@ -162,13 +149,7 @@ impl Task for Service {
                 terminal: req.terminal,
             };
             let process = req.spec.into_option().unwrap_or_default().value;
-            container
-                .exec(ExecRequest {
-                    exec_id: req.exec_id,
-                    stdio,
-                    process,
-                })
-                .await?;
+            container.exec(ExecRequest { exec_id: req.exec_id, stdio, process }).await?;
             Ok(api::Empty::default())
         })
         .await
@@ -254,16 +235,9 @@ impl Task for Service {
             let exec = execs.iter().find(|(exec, _)| *exec == pid);
             let info = exec.map(|(_, id)| details(id)).transpose()?;
             let info = info.map(MessageField::some).unwrap_or_default();
-            processes.push(ProcessInfo {
-                pid,
-                info,
-                ..Default::default()
-            });
+            processes.push(ProcessInfo { pid, info, ..Default::default() });
         }
-        Ok(api::PidsResponse {
-            processes,
-            ..Default::default()
-        })
+        Ok(api::PidsResponse { processes, ..Default::default() })
     }
 
     async fn close_io(
@@ -341,10 +315,7 @@ impl Task for Service {
 
 fn create_request(req: api::CreateTaskRequest) -> Result<CreateRequest> {
     if req.id.is_empty() || req.id.contains('/') {
-        return Err(Error::invalid_argument(format!(
-            "{:?} is not a container id",
-            req.id
-        )));
+        return Err(Error::invalid_argument(format!("{:?} is not a container id", req.id)));
     }
     if !req.bundle.starts_with('/') {
         let text = format!("the bundle's path {:?} is not absolute", req.bundle);
@@ -355,9 +326,7 @@ fn create_request(req: api::CreateTaskRequest) -> Result<CreateRequest> {
     }
     Ok(CreateRequest {
         options: TaskOptions::decode(req.options.as_ref())?,
-        checkpoint: Some(req.checkpoint)
-            .filter(|path| !path.is_empty())
-            .map(Into::into),
+        checkpoint: Some(req.checkpoint).filter(|path| !path.is_empty()).map(Into::into),
         id: req.id,
         bundle: req.bundle.into(),
         rootfs: req.rootfs,
@@ -371,15 +340,10 @@ fn create_request(req: api::CreateTaskRequest) -> Result<CreateRequest> {
 }
 
 fn details(exec_id: &str) -> Result<Any> {
-    let details = ProcessDetails {
-        exec_id: exec_id.to_string(),
-        ..Default::default()
-    };
+    let details = ProcessDetails { exec_id: exec_id.to_string(), ..Default::default() };
     Ok(Any {
         type_url: "containerd.runc.v1.ProcessDetails".to_string(),
-        value: details
-            .write_to_bytes()
-            .context("encode a process's details")?,
+        value: details.write_to_bytes().context("encode a process's details")?,
         ..Default::default()
     })
 }

@@ -111,9 +111,7 @@ pub(crate) fn admit(status: Status, op: Op) -> Result<()> {
         (_, Op::Kill, Pending | Stopped | Status::Deleted) => {
             Err(Error::not_found("process already finished or not started"))
         }
-        _ => Err(Error::failed_precondition(format!(
-            "cannot {op} a task that is {status}"
-        ))),
+        _ => Err(Error::failed_precondition(format!("cannot {op} a task that is {status}"))),
     }
 }
 
@@ -134,9 +132,7 @@ mod tests {
     ];
 
     fn legal(op: Op) -> Vec<Status> {
-        ALL.into_iter()
-            .filter(|status| admit(*status, op).is_ok())
-            .collect()
+        ALL.into_iter().filter(|status| admit(*status, op).is_ok()).collect()
     }
 
     #[test]
@@ -149,14 +145,8 @@ mod tests {
         assert_eq!(legal(Op::Pause), [Status::Running]);
         assert_eq!(legal(Op::Resume), [Status::Paused]);
         assert_eq!(legal(Op::Checkpoint), [Status::Running, Status::Paused]);
-        assert_eq!(
-            legal(Op::Kill),
-            [Status::Created, Status::Running, Status::Paused]
-        );
-        assert_eq!(
-            legal(Op::Delete),
-            [Status::Created, Status::Pending, Status::Stopped]
-        );
+        assert_eq!(legal(Op::Kill), [Status::Created, Status::Running, Status::Paused]);
+        assert_eq!(legal(Op::Delete), [Status::Created, Status::Pending, Status::Stopped]);
     }
 
     #[test]
@@ -170,13 +160,7 @@ mod tests {
 
     #[test]
     fn killing_what_is_gone_is_not_found() {
-        assert_eq!(
-            admit(Status::Stopped, Op::Kill).unwrap_err().code(),
-            Code::NOT_FOUND
-        );
-        assert_eq!(
-            admit(Status::Held, Op::Kill).unwrap_err().code(),
-            Code::FAILED_PRECONDITION
-        );
+        assert_eq!(admit(Status::Stopped, Op::Kill).unwrap_err().code(), Code::NOT_FOUND);
+        assert_eq!(admit(Status::Held, Op::Kill).unwrap_err().code(), Code::FAILED_PRECONDITION);
     }
 }

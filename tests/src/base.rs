@@ -41,14 +41,8 @@ const PACKAGES: &[&str] = &[
 /// Files laid over the packages.
 const FILES: &[(&str, &str)] = &[
     ("etc/inittab", include_str!("../host/inittab")),
-    (
-        "etc/containerd/config.toml",
-        include_str!("../host/containerd.toml"),
-    ),
-    (
-        "etc/ssh/sshd_config.d/ferry.conf",
-        include_str!("../host/sshd.conf"),
-    ),
+    ("etc/containerd/config.toml", include_str!("../host/containerd.toml")),
+    ("etc/ssh/sshd_config.d/ferry.conf", include_str!("../host/sshd.conf")),
 ];
 
 /// Run in the new system. All hosts have one host key and one user key: `ssh` between them asks
@@ -66,9 +60,7 @@ ldconfig
 
 /// Names this version of the base system.
 pub fn key() -> String {
-    let words = [RECIPE, SUITE, MIRROR, FINISH]
-        .into_iter()
-        .chain(PACKAGES.iter().copied());
+    let words = [RECIPE, SUITE, MIRROR, FINISH].into_iter().chain(PACKAGES.iter().copied());
     let files = FILES.iter().flat_map(|(path, text)| [*path, *text]);
     cache::key(words.chain(files).map(str::as_bytes))
 }
@@ -86,37 +78,25 @@ fn build(new: &Path) -> Result<()> {
     fs::set_permissions(new, fs::Permissions::from_mode(0o755))?;
     // In namespaces that end with this process: when it is killed, nothing runs on or stays mounted.
     let mut command = Command::new("setpriv");
-    command.args([
-        "--pdeathsig",
-        "KILL",
-        "unshare",
-        "--mount",
-        "--pid",
-        "--fork",
-        "--mount-proc",
-    ]);
-    run(command
-        .args(["--kill-child", "mmdebstrap", "--quiet"])
-        .args([
-            "--variant=minbase",
-            // A mirror of packages may lag behind the date its index is valid until.
-            "--aptopt=Acquire::Check-Valid-Until \"false\"",
-            "--aptopt=Acquire::Retries \"3\"",
-            "--dpkgopt=path-exclude=/usr/share/doc/*",
-            "--dpkgopt=path-exclude=/usr/share/man/*",
-            "--dpkgopt=path-exclude=/usr/share/locale/*",
-            &format!("--include={}", PACKAGES.join(",")),
-            SUITE,
-            &new.to_string_lossy(),
-            MIRROR,
-        ]))?;
+    command.args(["--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--mount-proc"]);
+    run(command.args(["--kill-child", "mmdebstrap", "--quiet"]).args([
+        "--variant=minbase",
+        // A mirror of packages may lag behind the date its index is valid until.
+        "--aptopt=Acquire::Check-Valid-Until \"false\"",
+        "--aptopt=Acquire::Retries \"3\"",
+        "--dpkgopt=path-exclude=/usr/share/doc/*",
+        "--dpkgopt=path-exclude=/usr/share/man/*",
+        "--dpkgopt=path-exclude=/usr/share/locale/*",
+        &format!("--include={}", PACKAGES.join(",")),
+        SUITE,
+        &new.to_string_lossy(),
+        MIRROR,
+    ]))?;
     for (path, text) in FILES {
         let path = new.join(path);
         fs::create_dir_all(path.parent().unwrap_or(new))?;
         fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
     }
-    run(Command::new("chroot")
-        .arg(new)
-        .args(["/bin/sh", "-c", FINISH]))?;
+    run(Command::new("chroot").arg(new).args(["/bin/sh", "-c", FINISH]))?;
     Ok(())
 }

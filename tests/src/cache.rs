@@ -27,10 +27,7 @@ pub fn lock(name: &str, how: FlockArg) -> Result<Lock> {
     let path = dir().join(format!("{name}.lock"));
     fs::create_dir_all(dir()).with_context(|| format!("make the cache {}", dir().display()))?;
     let file = File::create(&path).with_context(|| format!("open {}", path.display()))?;
-    Flock::lock(file, how)
-        .map(Lock)
-        .map_err(|(_, e)| e)
-        .context("lock the cache")
+    Flock::lock(file, how).map(Lock).map_err(|(_, e)| e).context("lock the cache")
 }
 
 /// A short name for what was made from `parts`: other parts, other name.
@@ -83,10 +80,8 @@ pub(crate) fn prune(kind: &str, current: &Path) -> Result<()> {
     }
     for entry in fs::read_dir(dir()).context("read the cache")?.flatten() {
         let name = entry.file_name();
-        let of_kind = name
-            .to_string_lossy()
-            .trim_start_matches('.')
-            .starts_with(&format!("{kind}-"));
+        let of_kind =
+            name.to_string_lossy().trim_start_matches('.').starts_with(&format!("{kind}-"));
         if of_kind && entry.path() != current && entry.path().is_dir() {
             fs::remove_dir_all(entry.path())
                 .with_context(|| format!("remove {}", entry.path().display()))?;

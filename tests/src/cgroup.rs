@@ -26,19 +26,12 @@ impl Cgroup {
     /// The group of lab `id`; it need not exist.
     pub fn of_lab(id: &str) -> Result<Self> {
         let name = format!("{PREFIX}{id}");
-        Ok(Self {
-            dirs: hierarchies()?
-                .into_iter()
-                .map(|dir| dir.join(&name))
-                .collect(),
-        })
+        Ok(Self { dirs: hierarchies()?.into_iter().map(|dir| dir.join(&name)).collect() })
     }
 
     /// The group `name` within this one.
     pub fn child(&self, name: &str) -> Self {
-        Self {
-            dirs: self.dirs.iter().map(|dir| dir.join(name)).collect(),
-        }
+        Self { dirs: self.dirs.iter().map(|dir| dir.join(name)).collect() }
     }
 
     /// Makes the group in every hierarchy.
@@ -56,11 +49,7 @@ impl Cgroup {
             .map(|dir| {
                 // Where v2 is alone, a host's first process made this leaf (see boot.sh).
                 let leaf = dir.join("init/cgroup.procs");
-                if leaf.exists() && self.dirs.len() == 1 {
-                    leaf
-                } else {
-                    dir.join("cgroup.procs")
-                }
+                if leaf.exists() && self.dirs.len() == 1 { leaf } else { dir.join("cgroup.procs") }
             })
             .collect()
     }
@@ -81,10 +70,7 @@ impl Cgroup {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                bail!(
-                    "processes {left:?} of {} do not end",
-                    self.dirs[0].display()
-                );
+                bail!("processes {left:?} of {} do not end", self.dirs[0].display());
             }
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -93,19 +79,10 @@ impl Cgroup {
 
 /// The ids of all labs that have a group anywhere.
 pub fn labs() -> Result<Vec<String>> {
-    let names = hierarchies()?
-        .into_iter()
-        .filter_map(|dir| fs::read_dir(dir).ok())
-        .flatten();
+    let names = hierarchies()?.into_iter().filter_map(|dir| fs::read_dir(dir).ok()).flatten();
     Ok(names
         .flatten()
-        .filter_map(|entry| {
-            entry
-                .file_name()
-                .to_str()?
-                .strip_prefix(PREFIX)
-                .map(str::to_owned)
-        })
+        .filter_map(|entry| entry.file_name().to_str()?.strip_prefix(PREFIX).map(str::to_owned))
         .collect())
 }
 
@@ -137,10 +114,7 @@ fn create(dir: &Path) -> std::io::Result<()> {
     // v2 hands controllers on only where told so; not all can be.
     if let Ok(controllers) = fs::read_to_string(parent.join("cgroup.controllers")) {
         for controller in controllers.split_whitespace() {
-            let _ = fs::write(
-                parent.join("cgroup.subtree_control"),
-                format!("+{controller}"),
-            );
+            let _ = fs::write(parent.join("cgroup.subtree_control"), format!("+{controller}"));
         }
     }
     fs::create_dir(dir).or_else(|e| match e.kind() {
@@ -182,11 +156,7 @@ fn pids(dir: &Path) -> Vec<i32> {
     let mut found = Vec::new();
     walk(dir, &mut |group| {
         let list = fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
-        found.extend(
-            list.lines()
-                .filter_map(|pid| pid.parse::<i32>().ok())
-                .filter(|pid| *pid > 0),
-        );
+        found.extend(list.lines().filter_map(|pid| pid.parse::<i32>().ok()).filter(|pid| *pid > 0));
     });
     found
 }
@@ -214,12 +184,6 @@ mod tests {
 27 25 0:8 /docker/x /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids
 28 25 0:9 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw";
         let found = parse_hierarchies(mounts);
-        assert_eq!(
-            found,
-            [
-                Path::new("/sys/fs/cgroup/cpu"),
-                Path::new("/sys/fs/cgroup/unified")
-            ]
-        );
+        assert_eq!(found, [Path::new("/sys/fs/cgroup/cpu"), Path::new("/sys/fs/cgroup/unified")]);
     }
 }

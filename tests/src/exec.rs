@@ -44,11 +44,7 @@ impl fmt::Display for Output {
         write!(f, "{}", self.status)?;
         for (name, text) in [("stdout", &self.stdout), ("stderr", &self.stderr)] {
             if !text.trim().is_empty() {
-                write!(
-                    f,
-                    "\n  {name}: {}",
-                    text.trim_end().replace('\n', "\n          ")
-                )?;
+                write!(f, "\n  {name}: {}", text.trim_end().replace('\n', "\n          "))?;
             }
         }
         Ok(())
@@ -121,15 +117,7 @@ impl Entry {
         command
             .args(["nsenter", "-t", &self.pid.to_string()])
             .args(["-m", "-u", "-i", "-n", "-p", "-C", "-T", "--"])
-            .args([
-                "/usr/bin/env",
-                "-i",
-                "-C",
-                "/root",
-                "HOME=/root",
-                "USER=root",
-                "LANG=C.UTF-8",
-            ])
+            .args(["/usr/bin/env", "-i", "-C", "/root", "HOME=/root", "USER=root", "LANG=C.UTF-8"])
             .args([format!("PATH={PATH}"), format!("TERM={term}")])
             .args(program);
         command
@@ -260,11 +248,7 @@ impl Job {
 
     fn collect(&mut self) -> Result<Output> {
         let status = self.child.wait().context("wait for a job")?;
-        Ok(Output {
-            status,
-            stdout: self.stdout.finish(),
-            stderr: self.stderr.finish(),
-        })
+        Ok(Output { status, stdout: self.stdout.finish(), stderr: self.stderr.finish() })
     }
 }
 
@@ -290,9 +274,7 @@ impl Capture {
             std::thread::spawn(move || {
                 let mut buffer = [0; 16384];
                 while let Ok(n @ 1..) = stream.read(&mut buffer) {
-                    sink.lock()
-                        .unwrap_or_else(|e| e.into_inner())
-                        .extend(&buffer[..n]);
+                    sink.lock().unwrap_or_else(|e| e.into_inner()).extend(&buffer[..n]);
                 }
             })
         });
@@ -328,9 +310,7 @@ mod tests {
 
     #[test]
     fn an_error_shows_the_command_its_status_and_both_streams() {
-        let error = run(&mut shell("echo out; echo err >&2; exit 3"))
-            .unwrap_err()
-            .to_string();
+        let error = run(&mut shell("echo out; echo err >&2; exit 3")).unwrap_err().to_string();
         for part in ["exit 3", "exit status: 3", "stdout: out", "stderr: err"] {
             assert!(error.contains(part), "{part} is missing in {error}");
         }

@@ -62,8 +62,8 @@ impl Host {
 
     /// Starts the first process and waits until it has an id; its services come up meanwhile.
     pub(crate) fn boot(plan: &Plan<'_>) -> Result<Self> {
-        lay_out(plan)?;
         plan.cgroup.create()?;
+        lay_out(plan)?;
         let log = File::create(plan.state.join("log")).context("make the host's log")?;
         let script = plan.state.join("boot.sh");
         fs::write(&script, BOOT).context("write the host's first script")?;
@@ -71,9 +71,7 @@ impl Host {
         let days = u32::from(plan.number) % 50 + 1;
         let parent = enter(&plan.cgroup.doors())
             .arg("unshare")
-            .args([
-                "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--time",
-            ])
+            .args(["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--time"])
             .args(["--monotonic", &(days * 86_400).to_string()])
             .args(["--boottime", &(days * 90_000).to_string()])
             .args(["--fork", "--kill-child", "/bin/sh"])
@@ -92,10 +90,7 @@ impl Host {
         let mut host = Self {
             name: plan.name.to_owned(),
             address: address(plan.number),
-            entry: Entry {
-                pid: 0,
-                doors: Vec::new(),
-            },
+            entry: Entry { pid: 0, doors: Vec::new() },
             cgroup: plan.cgroup.clone(),
             parent: Mutex::new(Some(parent)),
         };
@@ -106,21 +101,14 @@ impl Host {
 
     /// A host that an earlier run started; none when it does not run any more.
     pub(crate) fn attach(name: &str, number: u8, state: &Path, cgroup: Cgroup) -> Option<Self> {
-        let pid = fs::read_to_string(state.join("pid"))
-            .ok()?
-            .trim()
-            .parse()
-            .ok()?;
+        let pid = fs::read_to_string(state.join("pid")).ok()?.trim().parse().ok()?;
         if !process::alive(pid) {
             return None;
         }
         Some(Self {
             name: name.to_owned(),
             address: address(number),
-            entry: Entry {
-                pid,
-                doors: cgroup.doors(),
-            },
+            entry: Entry { pid, doors: cgroup.doors() },
             cgroup,
             parent: Mutex::new(None),
         })
@@ -176,10 +164,7 @@ impl Host {
     /// Starts a shell command on the host and goes on. Begin with `exec` so that signals reach the
     /// program itself.
     pub fn spawn(&self, script: &str) -> Result<Job> {
-        Job::enter(
-            self.command(&["/bin/sh", "-c", script]),
-            &self.title(script),
-        )
+        Job::enter(self.command(&["/bin/sh", "-c", script]), &self.title(script))
     }
 
     /// A program on the host, to be started by the caller.
@@ -284,8 +269,9 @@ fn lay_out(plan: &Plan<'_>) -> Result<()> {
     let containerd = plan.disk.join("containerd");
     match plan.containerd {
         Some(template) => {
-            run(Command::new("cp")
-                .args(["-a", "--reflink=auto"])
+            // In the host's group, so that it ends with the lab when this process is killed.
+            run(enter(&plan.cgroup.doors())
+                .args(["cp", "-a", "--reflink=auto"])
                 .arg(template)
                 .arg(&containerd))?;
         }

@@ -32,12 +32,7 @@ struct Recipe {
 }
 
 const RECIPES: &[Recipe] = &[
-    Recipe {
-        name: "busybox",
-        paths: &[],
-        busybox: true,
-        command: &["/bin/sh"],
-    },
+    Recipe { name: "busybox", paths: &[], busybox: true, command: &["/bin/sh"] },
     Recipe {
         name: "redis",
         paths: &["/usr/bin/redis-server", "/usr/bin/redis-cli"],
@@ -89,9 +84,7 @@ pub fn prune() -> Result<()> {
 fn key() -> Result<String> {
     let (sources, base) = (sources()?, base::key());
     let parts = [RECIPE.as_bytes(), base.as_bytes()];
-    Ok(cache::key(
-        parts.into_iter().chain(sources.iter().map(Vec::as_slice)),
-    ))
+    Ok(cache::key(parts.into_iter().chain(sources.iter().map(Vec::as_slice))))
 }
 
 fn sources() -> Result<Vec<Vec<u8>>> {
@@ -101,10 +94,7 @@ fn sources() -> Result<Vec<Vec<u8>>> {
         .map(|entry| entry.path())
         .collect();
     files.sort();
-    files
-        .iter()
-        .map(|file| fs::read(file).context("read the echo workload"))
-        .collect()
+    files.iter().map(|file| fs::read(file).context("read the echo workload")).collect()
 }
 
 fn build(new: &Path) -> Result<()> {
@@ -124,13 +114,7 @@ fn build(new: &Path) -> Result<()> {
 fn compile_echo(target: &Path) -> Result<()> {
     run(Command::new("rustc")
         .args(["--edition", "2024", "--crate-name", "ferry_echo", "-O"])
-        .args([
-            "-C",
-            "target-feature=+crt-static",
-            "-C",
-            "strip=symbols",
-            "-o",
-        ])
+        .args(["-C", "target-feature=+crt-static", "-C", "strip=symbols", "-o"])
         .arg(target)
         .arg(Path::new(ECHO).join("main.rs")))
     .context("compile the echo workload")?;
@@ -139,24 +123,13 @@ fn compile_echo(target: &Path) -> Result<()> {
 
 /// Lays out the image's root in `stage`.
 fn fill(recipe: &Recipe, base: &Path, echo: &Path, stage: &Path) -> Result<()> {
-    for dir in [
-        "usr/bin",
-        "usr/sbin",
-        "usr/lib",
-        "usr/lib64",
-        "etc",
-        "root",
-        "var",
-        "run",
-    ] {
+    for dir in ["usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "etc", "root", "var", "run"] {
         fs::create_dir_all(stage.join(dir)).context("lay out an image")?;
     }
     for name in ["bin", "sbin", "lib", "lib64"] {
         symlink(format!("usr/{name}"), stage.join(name)).context("lay out an image")?;
     }
-    run(Command::new("mkdir")
-        .args(["-m", "1777"])
-        .arg(stage.join("tmp")))?;
+    run(Command::new("mkdir").args(["-m", "1777"]).arg(stage.join("tmp")))?;
     fs::write(stage.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n")?;
     fs::write(stage.join("etc/group"), "root:x:0:\n")?;
 
@@ -166,9 +139,7 @@ fn fill(recipe: &Recipe, base: &Path, echo: &Path, stage: &Path) -> Result<()> {
     if recipe.busybox {
         fs::copy(base.join("bin/busybox"), stage.join("usr/bin/busybox"))
             .context("copy busybox")?;
-        let list = run(Command::new("chroot")
-            .arg(base)
-            .args(["/bin/busybox", "--list"]))?;
+        let list = run(Command::new("chroot").arg(base).args(["/bin/busybox", "--list"]))?;
         for applet in list.stdout.lines().filter(|applet| *applet != "busybox") {
             symlink("busybox", stage.join("usr/bin").join(applet)).context("link an applet")?;
         }
@@ -187,10 +158,8 @@ fn copy_with_libraries(recipe: &Recipe, base: &Path, stage: &Path) -> Result<()>
         recipe.paths.join(" ")
     );
     let inside = |script: &str| {
-        run(Command::new("chroot")
-            .arg(base)
-            .args(["/bin/sh", "-c", script]))
-        .map(|done| done.stdout)
+        run(Command::new("chroot").arg(base).args(["/bin/sh", "-c", script]))
+            .map(|done| done.stdout)
     };
     let mut files: BTreeSet<String> = inside(&script)?.lines().map(str::to_owned).collect();
     let programs: Vec<_> = files
@@ -208,20 +177,12 @@ fn copy_with_libraries(recipe: &Recipe, base: &Path, stage: &Path) -> Result<()>
     let list: Vec<_> = files
         .iter()
         .map(|file| file.trim_start_matches('/'))
-        .map(|file| {
-            if file.starts_with("usr/") {
-                file.into()
-            } else {
-                format!("usr/{file}")
-            }
-        })
+        .map(|file| if file.starts_with("usr/") { file.into() } else { format!("usr/{file}") })
         .collect();
     let list_file = stage.with_extension("list");
     fs::write(&list_file, list.join("\n")).context("write the list of files")?;
     let script = "tar -C \"$1\" -cf - --no-recursion -T \"$2\" | tar -C \"$3\" -xf -";
-    run(Command::new("/bin/sh")
-        .args(["-ec", script, "copy"])
-        .args([base, &list_file, stage]))?;
+    run(Command::new("/bin/sh").args(["-ec", script, "copy"]).args([base, &list_file, stage]))?;
     Ok(())
 }
 
@@ -253,23 +214,13 @@ fn pack(recipe: &Recipe, stage: &Path) -> Result<PathBuf> {
     fs::write(folder.join("config.json"), config.to_string()).context("write the config")?;
     fs::write(folder.join("manifest.json"), manifest.to_string()).context("write the manifest")?;
     let archive = stage.with_extension("tar");
-    tar(
-        &folder,
-        &archive,
-        &["manifest.json", "config.json", "layer.tar"],
-    )?;
+    tar(&folder, &archive, &["manifest.json", "config.json", "layer.tar"])?;
     Ok(archive)
 }
 
 fn tar(from: &Path, to: &Path, what: &[&str]) -> Result<()> {
     run(Command::new("tar")
-        .args([
-            "--sort=name",
-            "--mtime=@0",
-            "--owner=0",
-            "--group=0",
-            "--numeric-owner",
-        ])
+        .args(["--sort=name", "--mtime=@0", "--owner=0", "--group=0", "--numeric-owner"])
         .arg("-C")
         .arg(from)
         .arg("-cf")

@@ -66,27 +66,14 @@ impl Lab {
         }
         let cgroup = Cgroup::of_lab(id)?;
         let open = |name: &str, number| {
-            Host::attach(
-                name,
-                number,
-                &state.join("hosts").join(name),
-                cgroup.child(name),
-            )
+            Host::attach(name, number, &state.join("hosts").join(name), cgroup.child(name))
         };
-        let hosts: Vec<_> = (1..=MOST_HOSTS)
-            .filter_map(|n| open(&host_name(n), n))
-            .collect();
+        let hosts: Vec<_> = (1..=MOST_HOSTS).filter_map(|n| open(&host_name(n), n)).collect();
         let client = open("client", network::CLIENT);
         if hosts.is_empty() && client.is_none() {
             return Ok(None);
         }
-        Ok(Some(Self {
-            id: id.to_owned(),
-            keep: true,
-            switch: None,
-            hosts,
-            client,
-        }))
+        Ok(Some(Self { id: id.to_owned(), keep: true, switch: None, hosts, client }))
     }
 
     /// Removes all that is there of lab `id`.
@@ -112,10 +99,7 @@ impl Lab {
 
     /// The host called `name`, or the client, if it is there.
     pub fn find(&self, name: &str) -> Option<&Host> {
-        self.hosts()
-            .iter()
-            .chain(&self.client)
-            .find(|host| host.name() == name)
+        self.hosts().iter().chain(&self.client).find(|host| host.name() == name)
     }
 
     /// All hosts, in order; the client is not one of them.
@@ -150,18 +134,8 @@ impl Lab {
         }
         sweep::sweep()?;
         let base = base::ensure()?;
-        let template = if with_images {
-            Some(images::ensure()?)
-        } else {
-            None
-        };
-        let mut lab = Self {
-            id,
-            keep: false,
-            switch: None,
-            hosts: Vec::new(),
-            client: None,
-        };
+        let template = if with_images { Some(images::ensure()?) } else { None };
+        let mut lab = Self { id, keep: false, switch: None, hosts: Vec::new(), client: None };
         lab.bring_up(hosts, &base, template.as_deref())
             .with_context(|| format!("start lab {}", lab.id))?;
         Ok(lab)
@@ -177,9 +151,7 @@ impl Lab {
 
         let switch = self.start_switch(&cgroup)?;
         let names = (1..=hosts).map(|n| (host_name(n), n));
-        let names: Vec<_> = names
-            .chain([("client".to_owned(), network::CLIENT)])
-            .collect();
+        let names: Vec<_> = names.chain([("client".to_owned(), network::CLIENT)]).collect();
         let boot = |name: &str, number| {
             let services = number != network::CLIENT;
             let host = Host::boot(&Plan {
@@ -196,17 +168,11 @@ impl Lab {
             Ok(host)
         };
         let started: Vec<Result<Host>> = std::thread::scope(|scope| {
-            let threads: Vec<_> = names
-                .iter()
-                .map(|(name, n)| scope.spawn(|| boot(name, *n)))
-                .collect();
+            let threads: Vec<_> =
+                names.iter().map(|(name, n)| scope.spawn(|| boot(name, *n))).collect();
             threads
                 .into_iter()
-                .map(|thread| {
-                    thread
-                        .join()
-                        .unwrap_or_else(|_| bail!("a host's start panicked"))
-                })
+                .map(|thread| thread.join().unwrap_or_else(|_| bail!("a host's start panicked")))
                 .collect()
         });
         self.hosts = started.into_iter().collect::<Result<_>>()?;
@@ -240,10 +206,7 @@ impl Lab {
             .stdout
             .take()
             .map(|mut stdout| std::io::Read::read(&mut stdout, &mut [0; 1]).is_ok_and(|n| n == 1));
-        let entry = Entry {
-            pid: child.id().cast_signed(),
-            doors: Vec::new(),
-        };
+        let entry = Entry { pid: child.id().cast_signed(), doors: Vec::new() };
         self.switch = Some(child);
         if ready != Some(true) {
             bail!("the switch's namespace could not be made");
@@ -273,9 +236,5 @@ impl Drop for Lab {
 /// The program `name` of this workspace as built with the profile that is running now.
 pub fn built(name: &str) -> Option<PathBuf> {
     let me = std::env::current_exe().ok()?;
-    me.ancestors()
-        .skip(1)
-        .take(2)
-        .map(|dir| dir.join(name))
-        .find(|path| path.is_file())
+    me.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.is_file())
 }

@@ -38,11 +38,13 @@ pub mod lab;
 pub mod network;
 pub mod prereq;
 pub mod process;
+pub mod scene;
 pub mod sweep;
 
 pub use exec::{Job, Output};
 pub use host::Host;
 pub use lab::Lab;
+pub use scene::Scene;
 
 /// Says that this test cannot be made here and why; `hack/test` counts it as skipped. The test then
 /// returns.

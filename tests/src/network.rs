@@ -55,16 +55,11 @@ pub fn ip(entry: &Entry, commands: &str) -> Result<()> {
         .spawn()
         .context("start ip")?;
     if let Some(mut stdin) = child.stdin.take() {
-        stdin
-            .write_all(commands.as_bytes())
-            .context("write to ip")?;
+        stdin.write_all(commands.as_bytes()).context("write to ip")?;
     }
     let done = child.wait_with_output().context("wait for ip")?;
     if !done.status.success() {
-        bail!(
-            "set up the network: {}\n{commands}",
-            String::from_utf8_lossy(&done.stderr)
-        );
+        bail!("set up the network: {}\n{commands}", String::from_utf8_lossy(&done.stderr));
     }
     Ok(())
 }

@@ -35,10 +35,7 @@ pub fn check() -> Result<()> {
         missing.push("the kernel has no overlay file system (try: modprobe overlay)".to_owned());
     }
     if !missing.is_empty() {
-        bail!(
-            "test hosts cannot be made here:\n  - {}",
-            missing.join("\n  - ")
-        );
+        bail!("test hosts cannot be made here:\n  - {}", missing.join("\n  - "));
     }
     Ok(())
 }

@@ -15,10 +15,7 @@ const SOON: Duration = Duration::from_secs(10);
 
 /// Fails if anything of lab `id` is left: state, disk, cgroups.
 fn assert_nothing_left(id: &str) -> Result<()> {
-    ensure!(
-        !sweep::labs()?.contains(id),
-        "something of lab {id} is left"
-    );
+    ensure!(!sweep::labs()?.contains(id), "something of lab {id} is left");
     ensure!(!sweep::state(id).exists(), "state of lab {id} is left");
     ensure!(!sweep::disk(id).exists(), "disks of lab {id} are left");
     for door in Cgroup::of_lab(id)?.doors() {
@@ -37,21 +34,12 @@ fn report(text: &str) -> Result<Value> {
 fn a_host_runs_containers_of_every_image() -> Result<()> {
     let host = Host::start()?;
     let ctr = |image: &str, rest: &str| {
-        host.run(&format!(
-            "ctr run --rm --net-host docker.io/library/{image}:latest t {rest}"
-        ))
+        host.run(&format!("ctr run --rm --net-host docker.io/library/{image}:latest t {rest}"))
     };
     assert_eq!(ctr("busybox", "echo hi")?.stdout, "hi\n");
-    assert!(
-        ctr("redis", "redis-server --version")?
-            .stdout
-            .contains("Redis server")
-    );
+    assert!(ctr("redis", "redis-server --version")?.stdout.contains("Redis server"));
     let script = "'import socket, threading, json; print(json.dumps([1]))'";
-    assert_eq!(
-        ctr("python", &format!("python3 -c {script}"))?.stdout,
-        "[1]\n"
-    );
+    assert_eq!(ctr("python", &format!("python3 -c {script}"))?.stdout, "[1]\n");
     let usage = host.output("ctr run --rm docker.io/library/ferry-echo:latest t ferry-echo")?;
     assert!(usage.stderr.contains("say serve"), "{usage}");
     Ok(())
@@ -63,24 +51,14 @@ fn hosts_share_no_namespace_folder_or_descriptor() -> Result<()> {
     let (a, b) = (lab.host("a"), lab.host("b"));
     for kind in ["cgroup", "ipc", "mnt", "net", "pid", "time", "uts"] {
         let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}"));
-        let all = [
-            of("self")?,
-            of(&a.pid().to_string())?,
-            of(&b.pid().to_string())?,
-        ];
-        assert!(
-            all[0] != all[1] && all[0] != all[2] && all[1] != all[2],
-            "{kind}: {all:?}"
-        );
+        let all = [of("self")?, of(&a.pid().to_string())?, of(&b.pid().to_string())?];
+        assert!(all[0] != all[1] && all[0] != all[2] && all[1] != all[2], "{kind}: {all:?}");
     }
     let probe = format!("ferry-probe-{}", lab.id());
     for folder in ["/dev/shm", "/tmp", "/run", "/root", "/var/lib/containerd"] {
         let file = format!("{folder}/{probe}");
         a.run(&format!("touch {file}"))?;
-        assert!(
-            !b.output(&format!("test -e {file}"))?.status.success(),
-            "{file} is on b"
-        );
+        assert!(!b.output(&format!("test -e {file}"))?.status.success(), "{file} is on b");
         assert!(!Path::new(&file).exists(), "{file} is on this machine");
     }
     for host in [a, b] {
@@ -95,12 +73,7 @@ fn mounts_of_a_host_are_seen_nowhere_else() -> Result<()> {
     let lab = Lab::start(2)?;
     let mark = format!("ferry-mark-{}", lab.id());
     lab.host("a").run(&format!("mount -t tmpfs {mark} /mnt"))?;
-    assert!(
-        !lab.host("b")
-            .run("cat /proc/mounts")?
-            .stdout
-            .contains(&mark)
-    );
+    assert!(!lab.host("b").run("cat /proc/mounts")?.stdout.contains(&mark));
     assert!(!fs::read_to_string("/proc/mounts")?.contains(&mark));
     Ok(())
 }
@@ -121,20 +94,11 @@ fn hosts_have_clocks_of_their_own() -> Result<()> {
 fn hosts_log_in_to_each_other_without_questions() -> Result<()> {
     let lab = Lab::start(2)?;
     let start = Instant::now();
-    let seen = lab
-        .host("a")
-        .run("ssh -o BatchMode=yes root@10.77.0.2 'hostname; echo $PATH'")?;
-    assert!(
-        start.elapsed() < Duration::from_secs(2),
-        "it took {:?}",
-        start.elapsed()
-    );
+    let seen = lab.host("a").run("ssh -o BatchMode=yes root@10.77.0.2 'hostname; echo $PATH'")?;
+    assert!(start.elapsed() < Duration::from_secs(2), "it took {:?}", start.elapsed());
     assert_eq!(seen.stdout, format!("b\n{}\n", exec::PATH));
     assert_eq!(seen.stderr, "");
-    assert_eq!(
-        lab.host("b").run("ssh -o BatchMode=yes a hostname")?.stdout,
-        "a\n"
-    );
+    assert_eq!(lab.host("b").run("ssh -o BatchMode=yes a hostname")?.stdout, "a\n");
     Ok(())
 }
 
@@ -143,8 +107,7 @@ fn a_capture_on_the_client_sees_what_a_host_announces() -> Result<()> {
     let lab = Lab::start(1)?;
     let mut capture = lab.client().spawn("exec tcpdump -nn -l -i eth0 arp")?;
     capture.wait_for("listening on", SOON)?;
-    lab.host("a")
-        .run("ip addr add 10.77.0.100/24 dev eth0; arping -c 1 -U -I eth0 10.77.0.100")?;
+    lab.host("a").run("ip addr add 10.77.0.100/24 dev eth0; arping -c 1 -U -I eth0 10.77.0.100")?;
     capture.wait_for("10.77.0.100", SOON)?;
     let seen = capture.stop()?;
     assert!(seen.status.success(), "{seen}");
@@ -170,15 +133,9 @@ fn labs_side_by_side_do_not_meet() -> Result<()> {
         assert_eq!(answer.trim(), word);
     }
     let links = exec::run(Command::new("ip").args(["-brief", "link"]))?.stdout;
-    assert!(
-        !links.contains("port-") && !links.contains("br0"),
-        "links on this machine: {links}"
-    );
+    assert!(!links.contains("port-") && !links.contains("br0"), "links on this machine: {links}");
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-    assert!(
-        !mounts.contains(one.id()) && !mounts.contains(two.id()),
-        "{mounts}"
-    );
+    assert!(!mounts.contains(one.id()) && !mounts.contains(two.id()), "{mounts}");
     Ok(())
 }
 
@@ -186,8 +143,7 @@ fn labs_side_by_side_do_not_meet() -> Result<()> {
 fn a_removed_lab_leaves_nothing() -> Result<()> {
     let lab = Lab::start(2)?;
     let id = lab.id().to_owned();
-    lab.host("a")
-        .run("ctr run -d docker.io/library/busybox:latest t sleep 1000")?;
+    lab.host("a").run("ctr run -d docker.io/library/busybox:latest t sleep 1000")?;
     let mut pids = vec![lab.host("a").pid(), lab.host("b").pid(), lab.client().pid()];
     for pid in pids.clone() {
         pids.extend(process::descendants(pid));
@@ -196,10 +152,7 @@ fn a_removed_lab_leaves_nothing() -> Result<()> {
     let started: Vec<_> = pids.iter().map(|pid| process::started(*pid)).collect();
     drop(lab);
     for (pid, start) in pids.iter().zip(started) {
-        ensure!(
-            !process::alive(*pid) || process::started(*pid) != start,
-            "{pid} is left"
-        );
+        ensure!(!process::alive(*pid) || process::started(*pid) != start, "{pid} is left");
     }
     assert_nothing_left(&id)
 }
@@ -258,12 +211,7 @@ fn a_stopped_host_is_gone_for_the_others() -> Result<()> {
     let lab = Lab::start(2)?;
     lab.host("a").run("ping -c 1 -W 1 10.77.0.2")?;
     lab.host("b").stop()?;
-    assert!(
-        !lab.host("a")
-            .output("ping -c 1 -W 1 10.77.0.2")?
-            .status
-            .success()
-    );
+    assert!(!lab.host("a").output("ping -c 1 -W 1 10.77.0.2")?.status.success());
     assert!(lab.host("b").run("true").is_err());
     lab.host("a").run("ctr version")?;
     Ok(())
@@ -273,23 +221,12 @@ fn a_stopped_host_is_gone_for_the_others() -> Result<()> {
 fn the_testbed_command_starts_enters_and_removes_a_lab() -> Result<()> {
     let id = sweep::owned_id(500_000);
     let testbed = |words: &[&str]| {
-        exec::run(
-            Command::new(env!("CARGO_BIN_EXE_testbed"))
-                .args(["--lab", &id])
-                .args(words),
-        )
+        exec::run(Command::new(env!("CARGO_BIN_EXE_testbed")).args(["--lab", &id]).args(words))
     };
-    assert!(
-        testbed(&["up", "--hosts", "1"])?
-            .stdout
-            .contains("10.77.0.1")
-    );
+    assert!(testbed(&["up", "--hosts", "1"])?.stdout.contains("10.77.0.1"));
     let first = testbed(&["status"])?.stdout;
     testbed(&["up"])?;
-    assert_eq!(
-        testbed(&["status"])?.stdout.lines().next(),
-        first.lines().next()
-    );
+    assert_eq!(testbed(&["status"])?.stdout.lines().next(), first.lines().next());
     assert_eq!(testbed(&["shell", "a", "--", "hostname"])?.stdout, "a\n");
     assert!(testbed(&["shell", "z", "--", "hostname"]).is_err());
     testbed(&["down"])?;
@@ -335,12 +272,9 @@ fn a_client_whose_server_died_says_so_and_does_not_connect_again() -> Result<()>
     let lab = Lab::start(1)?;
     let start = "ctr run -d --net-host docker.io/library/ferry-echo:latest echo && sleep 0.2";
     lab.host("a").run(start)?;
-    let mut client = lab
-        .client()
-        .spawn("exec ferry-echo client 10.77.0.1:7777 --connections 3")?;
+    let mut client = lab.client().spawn("exec ferry-echo client 10.77.0.1:7777 --connections 3")?;
     client.wait_for("ready", SOON)?;
-    lab.host("a")
-        .run("ctr task kill -s KILL echo; sleep 0.2; ctr task rm echo; ctr c rm echo")?;
+    lab.host("a").run("ctr task kill -s KILL echo; sleep 0.2; ctr task rm echo; ctr c rm echo")?;
     lab.host("a").run(start)?;
     let seen = report(&client.stop()?.stdout)?;
     assert_eq!(seen["errors"].as_array().map(Vec::len), Some(3), "{seen}");

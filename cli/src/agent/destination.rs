@@ -19,8 +19,8 @@ use tokio::io::AsyncWriteExt;
 
 use super::cleanup::{self, nft};
 use super::incoming::Incoming;
-use crate::lock::{self, Lock};
 use crate::containerd::{Blob, Containerd, Destination as Store};
+use crate::lock::{self, Lock};
 use crate::network::address::{self, Cidr};
 use crate::network::announce::gratuitous_arp;
 use crate::shim::{self, Shim};
@@ -47,7 +47,8 @@ pub(super) struct Destination {
     image: Option<String>,
     /// `Commit` was passed to the shim: from here on nothing is undone without its word.
     committed: bool,
-    lock: Lock,
+    /// Nobody settles this migration while this agent lives.
+    _lock: Lock,
 }
 
 impl Destination {
@@ -70,15 +71,11 @@ impl Destination {
             ip: None,
             image: None,
             committed: false,
-            lock,
+            _lock: lock,
         })
     }
 
-    pub(super) async fn answer(
-        &mut self,
-        input: &mut Incoming,
-        request: Request,
-    ) -> Result<Reply> {
+    pub(super) async fn answer(&mut self, input: &mut Incoming, request: Request) -> Result<Reply> {
         match request {
             Request::MissingBlobs(blobs) => {
                 return Ok(Reply::Missing(self.store.missing(&blobs).await?));
@@ -230,7 +227,6 @@ impl Destination {
             gratuitous_arp(cidr.ip, device)?;
         }
         cleanup::keep(&self.store).await?;
-        lock::remove(&self.migration, self.lock);
         Ok(())
     }
 
@@ -244,7 +240,6 @@ impl Destination {
         }
         let ip = self.ip.map(|(cidr, _)| cidr);
         cleanup::remove(&self.store, ip).await?;
-        lock::remove(&self.migration, self.lock);
         Ok(())
     }
 

@@ -32,11 +32,10 @@ pub(super) async fn settle(
     container: &str,
     ip: Option<Cidr>,
 ) -> Result<Outcome> {
-    let held = lock::take(migration, OTHER_AGENT).await?;
+    let _held = lock::take(migration, OTHER_AGENT).await?;
     wait_for_shim(address, migration, container).await?;
     let store = containerd.destination(migration)?;
-    let released =
-        Record::read(migration)?.is_some_and(|r| r.decision == Decision::Released);
+    let released = Record::read(migration)?.is_some_and(|r| r.decision == Decision::Released);
     if released {
         if let Some(cidr) = ip
             && let Some(device) = address::device_with(cidr.ip)?
@@ -45,16 +44,18 @@ pub(super) async fn settle(
             gratuitous_arp(cidr.ip, &device)?;
         }
         cleanup::keep(&store).await?;
-        lock::remove(migration, held);
         return Ok(Outcome::Released);
     }
     cleanup::remove(&store, ip).await?;
-    lock::remove(migration, held);
     Ok(Outcome::NotHere)
 }
 
 /// Waits until the shim has decided: its lease has ended with the agent that held it.
-async fn wait_for_shim(address: &ContainerdAddress, migration: &str, container: &str) -> Result<()> {
+async fn wait_for_shim(
+    address: &ContainerdAddress,
+    migration: &str,
+    container: &str,
+) -> Result<()> {
     let bundle = shim::bundle(&address.socket, &address.namespace, container);
     let start = Instant::now();
     loop {

@@ -23,11 +23,7 @@ fn encode(bytes: &[u8]) -> String {
         let bits = u32::from_be_bytes([0, group[0], group[1], group[2]]);
         for i in 0..4 {
             let sextet = (bits >> (18 - 6 * i)) & 63;
-            text.push(if i > chunk.len() {
-                '='
-            } else {
-                ALPHABET[sextet as usize] as char
-            });
+            text.push(if i > chunk.len() { '=' } else { ALPHABET[sextet as usize] as char });
         }
     }
     text
@@ -73,13 +69,9 @@ mod tests {
 
     #[test]
     fn text_is_that_of_the_rfc() {
-        for (bytes, text) in [
-            ("", ""),
-            ("f", "Zg=="),
-            ("fo", "Zm8="),
-            ("foo", "Zm9v"),
-            ("foobar", "Zm9vYmFy"),
-        ] {
+        for (bytes, text) in
+            [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")]
+        {
             assert_eq!(encode(bytes.as_bytes()), text);
             assert_eq!(decode(text).as_deref(), Some(bytes.as_bytes()));
         }
@@ -89,9 +81,7 @@ mod tests {
 
     #[test]
     fn what_is_not_base64_is_refused() {
-        for text in [
-            "Z", "Zg=", "Zg", "Z===", "====", "Zm9v!m9v", "Zh==", "Zg==Zg==",
-        ] {
+        for text in ["Z", "Zg=", "Zg", "Z===", "====", "Zm9v!m9v", "Zh==", "Zg==Zg=="] {
             assert_eq!(decode(text), None, "{text}");
         }
     }

@@ -26,10 +26,8 @@ impl Destination {
     pub(crate) async fn cleanup(&self) -> Vec<Error> {
         let mut errors = Errors::default();
         let mark = (LABEL, self.migration.as_str());
-        let mut snapshotters: BTreeSet<String> = errors
-            .take(self.covered_snapshotters().await)
-            .into_iter()
-            .collect();
+        let mut snapshotters: BTreeSet<String> =
+            errors.take(self.covered_snapshotters().await).into_iter().collect();
         snapshotters.insert("overlayfs".into());
 
         for container in errors.take(self.plain.list_containers(Some(mark)).await) {
@@ -49,11 +47,7 @@ impl Destination {
             let others: Vec<&str> = owners.split(',').filter(|o| *o != self.migration).collect();
             errors.take(match others.is_empty() {
                 true => self.plain.delete_image(&image.name).await,
-                false => {
-                    self.plain
-                        .label_image(&image, LABEL, &others.join(","))
-                        .await
-                }
+                false => self.plain.label_image(&image, LABEL, &others.join(",")).await,
             });
         }
         errors.take(self.unmark_content(true).await);
@@ -70,30 +64,20 @@ impl Destination {
     pub(crate) async fn keep(&self) -> Vec<Error> {
         let mut errors = Errors::default();
         let mark = (LABEL, self.migration.as_str());
-        let mut snapshotters: BTreeSet<String> = errors
-            .take(self.covered_snapshotters().await)
-            .into_iter()
-            .collect();
+        let mut snapshotters: BTreeSet<String> =
+            errors.take(self.covered_snapshotters().await).into_iter().collect();
         for container in errors.take(self.plain.list_containers(Some(mark)).await) {
             snapshotters.extend(Some(container.snapshotter).filter(|s| !s.is_empty()));
             errors.take(self.plain.unlabel_container(&container.id, LABEL).await);
         }
         for snapshotter in &snapshotters {
             for snapshot in errors.take(self.marked_snapshots(snapshotter).await) {
-                errors.take(
-                    self.plain
-                        .unlabel_snapshot(snapshotter, &snapshot, LABEL)
-                        .await,
-                );
+                errors.take(self.plain.unlabel_snapshot(snapshotter, &snapshot, LABEL).await);
             }
         }
         for image in errors.take(self.plain.list_images().await) {
             // Also where others are named: from now on the image stays, whatever becomes of them.
-            if image
-                .labels
-                .get(LABEL)
-                .is_some_and(|o| owns(o, &self.migration))
-            {
+            if image.labels.get(LABEL).is_some_and(|o| owns(o, &self.migration)) {
                 errors.take(self.plain.label_image(&image, LABEL, "").await);
             }
         }
@@ -113,22 +97,14 @@ impl Destination {
             Err(Error::Call { message, .. }) if message.contains("not loaded") => None,
             other => other.found()?,
         };
-        Ok(found
-            .unwrap_or_default()
-            .into_iter()
-            .map(|s| s.key)
-            .collect())
+        Ok(found.unwrap_or_default().into_iter().map(|s| s.key).collect())
     }
 
     /// Takes this migration's mark off blobs; with `undo` also the references to snapshots that came with it.
     async fn unmark_content(&self, undo: bool) -> Result<()> {
         for info in self.plain.marked_content(&self.migration).await? {
             let ours = |k: &String| k == LABEL || undo && k.starts_with(GC_REF_SNAPSHOT);
-            let gone = info
-                .labels
-                .into_keys()
-                .filter(ours)
-                .map(|k| (k, String::new()));
+            let gone = info.labels.into_keys().filter(ours).map(|k| (k, String::new()));
             self.plain.label_blob(&info.digest, gone).await.found()?;
         }
         Ok(())
@@ -155,9 +131,8 @@ impl Containerd {
 
     async fn marked_content(&self, migration: &str) -> Result<Vec<Info>> {
         let doing = || "list blobs".to_owned();
-        let request = ListContentRequest {
-            filters: vec![format!("labels.{LABEL:?}=={migration:?}")],
-        };
+        let request =
+            ListContentRequest { filters: vec![format!("labels.{LABEL:?}=={migration:?}")] };
         let answer = self.contents().list(self.request(request, QUICK)).await;
         let mut stream = answer.doing(doing)?.into_inner();
         let mut found = Vec::new();

@@ -36,15 +36,8 @@ impl Containerd {
         let namespace = header("namespace", namespace)?;
         let channel = containerd_client::connect(path)
             .await
-            .map_err(|source| Error::Connect {
-                address: path.to_owned(),
-                source,
-            })?;
-        Ok(Self {
-            channel,
-            namespace,
-            lease: None,
-        })
+            .map_err(|source| Error::Connect { address: path.to_owned(), source })?;
+        Ok(Self { channel, namespace, lease: None })
     }
 
     /// This containerd as the destination of `migration`.
@@ -57,16 +50,8 @@ impl Containerd {
             return Err(Error::invalid("migration id", format!("{migration:?}")));
         }
         let lease = format!("ferry-{migration}");
-        let leased = Self {
-            lease: Some(header("lease", &lease)?),
-            ..self.clone()
-        };
-        Ok(Destination {
-            plain: self.clone(),
-            leased,
-            migration: migration.to_owned(),
-            lease,
-        })
+        let leased = Self { lease: Some(header("lease", &lease)?), ..self.clone() };
+        Ok(Destination { plain: self.clone(), leased, migration: migration.to_owned(), lease })
     }
 
     /// containerd's version, as `2.1.9`.
@@ -74,13 +59,8 @@ impl Containerd {
     /// # Errors
     /// [`Error::Call`].
     pub(crate) async fn version(&self) -> Result<String> {
-        let answer = VersionClient::new(self.channel())
-            .version(self.request((), QUICK))
-            .await;
-        Ok(answer
-            .doing(|| "ask containerd's version".into())?
-            .into_inner()
-            .version)
+        let answer = VersionClient::new(self.channel()).version(self.request((), QUICK)).await;
+        Ok(answer.doing(|| "ask containerd's version".into())?.into_inner().version)
     }
 
     /// The snapshotters that work on this host.
@@ -88,21 +68,12 @@ impl Containerd {
     /// # Errors
     /// [`Error::Call`].
     pub(crate) async fn snapshotters(&self) -> Result<Vec<String>> {
-        let request = PluginsRequest {
-            filters: vec!["type==io.containerd.snapshotter.v1".into()],
-        };
-        let answer = IntrospectionClient::new(self.channel())
-            .plugins(self.request(request, QUICK))
-            .await;
-        let plugins = answer
-            .doing(|| "list containerd's snapshotters".into())?
-            .into_inner()
-            .plugins;
-        Ok(plugins
-            .into_iter()
-            .filter(|p| p.init_err.is_none())
-            .map(|p| p.id)
-            .collect())
+        let request = PluginsRequest { filters: vec!["type==io.containerd.snapshotter.v1".into()] };
+        let answer =
+            IntrospectionClient::new(self.channel()).plugins(self.request(request, QUICK)).await;
+        let plugins =
+            answer.doing(|| "list containerd's snapshotters".into())?.into_inner().plugins;
+        Ok(plugins.into_iter().filter(|p| p.init_err.is_none()).map(|p| p.id).collect())
     }
 
     pub(super) fn channel(&self) -> Channel {
@@ -152,7 +123,5 @@ impl Destination {
 }
 
 fn header(what: &str, value: &str) -> Result<AsciiMetadataValue> {
-    value
-        .parse()
-        .map_err(|_| Error::invalid(what, format!("{value:?}")))
+    value.parse().map_err(|_| Error::invalid(what, format!("{value:?}")))
 }

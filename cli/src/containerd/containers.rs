@@ -77,9 +77,7 @@ impl Containerd {
         let request = GetContainerRequest { id: id.to_owned() };
         let answer = self.containers().get(self.request(request, QUICK)).await;
         let answer = answer.doing(|| format!("read container {id}")).found()?;
-        Ok(answer
-            .and_then(|a| a.into_inner().container)
-            .map(ContainerRecord::from))
+        Ok(answer.and_then(|a| a.into_inner().container).map(ContainerRecord::from))
     }
 
     /// The records of all containers, or of those that carry `label` with `value`.
@@ -90,18 +88,11 @@ impl Containerd {
         &self,
         labelled: Option<(&str, &str)>,
     ) -> Result<Vec<ContainerRecord>> {
-        let filters = labelled
-            .map(|(k, v)| format!("labels.{k:?}=={v:?}"))
-            .into_iter()
-            .collect();
+        let filters = labelled.map(|(k, v)| format!("labels.{k:?}=={v:?}")).into_iter().collect();
         let request = ListContainersRequest { filters };
         let answer = self.containers().list(self.request(request, QUICK)).await;
         let answer = answer.doing(|| "list containers".into())?.into_inner();
-        Ok(answer
-            .containers
-            .into_iter()
-            .map(ContainerRecord::from)
-            .collect())
+        Ok(answer.containers.into_iter().map(ContainerRecord::from).collect())
     }
 
     /// Deletes the record of container `id`; its task must be gone. One that is not there is fine.
@@ -111,29 +102,17 @@ impl Containerd {
     pub(crate) async fn delete_container(&self, id: &str) -> Result<()> {
         let request = DeleteContainerRequest { id: id.to_owned() };
         let answer = self.containers().delete(self.request(request, QUICK)).await;
-        answer
-            .doing(|| format!("delete container {id}"))
-            .found()
-            .map(drop)
+        answer.doing(|| format!("delete container {id}")).found().map(drop)
     }
 
     /// Removes one label of a container.
     pub(super) async fn unlabel_container(&self, id: &str, label: &str) -> Result<()> {
-        let container = Container {
-            id: id.to_owned(),
-            ..Default::default()
-        };
-        let mask = FieldMask {
-            paths: vec![format!("labels.{label}")],
-        };
-        let request = UpdateContainerRequest {
-            container: Some(container),
-            update_mask: Some(mask),
-        };
+        let container = Container { id: id.to_owned(), ..Default::default() };
+        let mask = FieldMask { paths: vec![format!("labels.{label}")] };
+        let request =
+            UpdateContainerRequest { container: Some(container), update_mask: Some(mask) };
         let answer = self.containers().update(self.request(request, QUICK)).await;
-        answer
-            .doing(|| format!("remove label {label} of container {id}"))
-            .map(drop)
+        answer.doing(|| format!("remove label {label} of container {id}")).map(drop)
     }
 
     fn containers(&self) -> ContainersClient<Channel> {
@@ -148,20 +127,10 @@ impl Destination {
     /// [`Error::Call`]; ALREADY_EXISTS when the id is taken.
     pub(crate) async fn create_container(&self, record: &ContainerRecord) -> Result<()> {
         let mut container = Container::from(record.clone());
-        container
-            .labels
-            .insert(LABEL.to_owned(), self.migration.clone());
-        let request = CreateContainerRequest {
-            container: Some(container),
-        };
-        let answer = self
-            .leased
-            .containers()
-            .create(self.leased.request(request, QUICK))
-            .await;
-        answer
-            .doing(|| format!("create container {}", record.id))
-            .map(drop)
+        container.labels.insert(LABEL.to_owned(), self.migration.clone());
+        let request = CreateContainerRequest { container: Some(container) };
+        let answer = self.leased.containers().create(self.leased.request(request, QUICK)).await;
+        answer.doing(|| format!("create container {}", record.id)).map(drop)
     }
 }
 
@@ -180,11 +149,7 @@ impl From<Container> for ContainerRecord {
             spec: c.spec.map(TypedBytes::from).unwrap_or_default(),
             snapshotter: c.snapshotter,
             snapshot_key: c.snapshot_key,
-            extensions: c
-                .extensions
-                .into_iter()
-                .map(|(k, v)| (k, v.into()))
-                .collect(),
+            extensions: c.extensions.into_iter().map(|(k, v)| (k, v.into())).collect(),
             sandbox: c.sandbox,
         }
     }
@@ -197,18 +162,11 @@ impl From<ContainerRecord> for Container {
             id: r.id,
             labels: r.labels.into_iter().collect(),
             image: r.image,
-            runtime: Some(Runtime {
-                name: r.runtime,
-                options,
-            }),
+            runtime: Some(Runtime { name: r.runtime, options }),
             spec: Some(r.spec.into()),
             snapshotter: r.snapshotter,
             snapshot_key: r.snapshot_key,
-            extensions: r
-                .extensions
-                .into_iter()
-                .map(|(k, v)| (k, v.into()))
-                .collect(),
+            extensions: r.extensions.into_iter().map(|(k, v)| (k, v.into())).collect(),
             sandbox: r.sandbox,
             created_at: None,
             updated_at: None,
@@ -218,19 +176,13 @@ impl From<ContainerRecord> for Container {
 
 impl From<Any> for TypedBytes {
     fn from(any: Any) -> Self {
-        Self {
-            type_url: any.type_url,
-            value: any.value,
-        }
+        Self { type_url: any.type_url, value: any.value }
     }
 }
 
 impl From<TypedBytes> for Any {
     fn from(bytes: TypedBytes) -> Self {
-        Self {
-            type_url: bytes.type_url,
-            value: bytes.value,
-        }
+        Self { type_url: bytes.type_url, value: bytes.value }
     }
 }
 
@@ -240,10 +192,7 @@ mod tests {
 
     #[test]
     fn a_record_crosses_as_json_unchanged() {
-        let any = |url: &str| TypedBytes {
-            type_url: url.into(),
-            value: vec![0, 1, 254, 255],
-        };
+        let any = |url: &str| TypedBytes { type_url: url.into(), value: vec![0, 1, 254, 255] };
         let record = ContainerRecord {
             id: "redis".into(),
             labels: [("a".to_owned(), "b".to_owned())].into(),
@@ -257,13 +206,7 @@ mod tests {
             sandbox: String::new(),
         };
         let json = serde_json::to_string(&record).unwrap();
-        assert_eq!(
-            serde_json::from_str::<ContainerRecord>(&json).unwrap(),
-            record
-        );
-        assert_eq!(
-            ContainerRecord::from(Container::from(record.clone())),
-            record
-        );
+        assert_eq!(serde_json::from_str::<ContainerRecord>(&json).unwrap(), record);
+        assert_eq!(ContainerRecord::from(Container::from(record.clone())), record);
     }
 }

@@ -81,10 +81,7 @@ impl Containerd {
             return Ok(None);
         };
         let size = size(info.size, digest)?;
-        let labels = info
-            .labels
-            .into_iter()
-            .filter(|(k, _)| k.starts_with(GC_REF_CONTENT));
+        let labels = info.labels.into_iter().filter(|(k, _)| k.starts_with(GC_REF_CONTENT));
         Ok(Some(Blob {
             media_type: String::new(),
             digest: info.digest,
@@ -99,17 +96,10 @@ impl Containerd {
     /// [`Error::Call`]; NOT_FOUND when the store does not have it.
     pub(crate) async fn read_blob(&self, digest: &str, offset: u64) -> Result<BlobReader> {
         let offset = i64::try_from(offset).map_err(|e| Error::invalid("offset in a blob", e))?;
-        let request = ReadContentRequest {
-            digest: digest.to_owned(),
-            offset,
-            size: 0,
-        };
+        let request = ReadContentRequest { digest: digest.to_owned(), offset, size: 0 };
         let answer = self.contents().read(self.stream_request(request)).await;
         let stream = answer.doing(|| format!("read blob {digest}"))?.into_inner();
-        Ok(BlobReader {
-            stream,
-            digest: digest.to_owned(),
-        })
+        Ok(BlobReader { stream, digest: digest.to_owned() })
     }
 
     /// The whole of a small blob.
@@ -133,9 +123,7 @@ impl Containerd {
 
     pub(super) async fn blob_info(&self, digest: &str) -> Result<Option<Info>> {
         check_digest(digest)?;
-        let request = InfoRequest {
-            digest: digest.to_owned(),
-        };
+        let request = InfoRequest { digest: digest.to_owned() };
         let answer = self.contents().info(self.request(request, QUICK)).await;
         let answer = answer.doing(|| format!("look for blob {digest}")).found()?;
         Ok(answer.and_then(|a| a.into_inner().info))
@@ -156,10 +144,7 @@ impl Containerd {
             return Ok(());
         }
         let paths = info.labels.keys().map(|k| format!("labels.{k}")).collect();
-        let request = UpdateRequest {
-            info: Some(info),
-            update_mask: Some(FieldMask { paths }),
-        };
+        let request = UpdateRequest { info: Some(info), update_mask: Some(FieldMask { paths }) };
         let answer = self.contents().update(self.request(request, QUICK)).await;
         answer.doing(|| format!("label blob {digest}")).map(drop)
     }
@@ -179,18 +164,11 @@ pub(super) fn check_digest(digest: &str) -> Result<()> {
         Some(("sha512", h)) => hex(h, 128),
         _ => false,
     };
-    if good {
-        Ok(())
-    } else {
-        Err(Error::invalid("digest", format!("{digest:?}")))
-    }
+    if good { Ok(()) } else { Err(Error::invalid("digest", format!("{digest:?}"))) }
 }
 
 pub(super) fn timeout(doing: String) -> Error {
-    Error::Timeout {
-        doing,
-        seconds: CHUNK_DEADLINE.as_secs(),
-    }
+    Error::Timeout { doing, seconds: CHUNK_DEADLINE.as_secs() }
 }
 
 fn size(size: i64, digest: &str) -> Result<u64> {
@@ -207,15 +185,7 @@ mod tests {
         assert!(check_digest(&good).is_ok());
         let short = &good[..70];
         let upper = good.to_uppercase();
-        for bad in [
-            "",
-            "sha256:",
-            "sha256",
-            short,
-            &upper,
-            "md5:0a",
-            "sha256:../../etc",
-        ] {
+        for bad in ["", "sha256:", "sha256", short, &upper, "md5:0a", "sha256:../../etc"] {
             assert!(check_digest(bad).is_err(), "{bad}");
         }
     }

@@ -83,10 +83,7 @@ pub(crate) enum Error {
 impl Error {
     /// Something that is not what it should be.
     pub(super) fn invalid(what: impl Into<String>, why: impl ToString) -> Self {
-        Self::Invalid {
-            what: what.into(),
-            why: why.to_string(),
-        }
+        Self::Invalid { what: what.into(), why: why.to_string() }
     }
 
     fn code(&self) -> Option<Code> {

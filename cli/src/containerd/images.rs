@@ -43,15 +43,10 @@ impl Containerd {
     /// # Errors
     /// [`Error::Call`].
     pub(crate) async fn image(&self, name: &str) -> Result<Option<Image>> {
-        let request = GetImageRequest {
-            name: name.to_owned(),
-        };
+        let request = GetImageRequest { name: name.to_owned() };
         let answer = self.images().get(self.request(request, QUICK)).await;
         let answer = answer.doing(|| format!("read image {name}")).found()?;
-        answer
-            .and_then(|a| a.into_inner().image)
-            .map(Image::try_from)
-            .transpose()
+        answer.and_then(|a| a.into_inner().image).map(Image::try_from).transpose()
     }
 
     /// Deletes the name `name` of an image; its content goes with the next garbage collection when
@@ -60,22 +55,13 @@ impl Containerd {
     /// # Errors
     /// [`Error::Call`].
     pub(crate) async fn delete_image(&self, name: &str) -> Result<()> {
-        let request = DeleteImageRequest {
-            name: name.to_owned(),
-            sync: false,
-            target: None,
-        };
+        let request = DeleteImageRequest { name: name.to_owned(), sync: false, target: None };
         let answer = self.images().delete(self.request(request, QUICK)).await;
-        answer
-            .doing(|| format!("delete image {name}"))
-            .found()
-            .map(drop)
+        answer.doing(|| format!("delete image {name}")).found().map(drop)
     }
 
     pub(super) async fn list_images(&self) -> Result<Vec<Image>> {
-        let request = ListImagesRequest {
-            filters: Vec::new(),
-        };
+        let request = ListImagesRequest { filters: Vec::new() };
         let answer = self.images().list(self.request(request, QUICK)).await;
         let images = answer.doing(|| "list images".into())?.into_inner().images;
         images.into_iter().map(Image::try_from).collect()
@@ -87,18 +73,14 @@ impl Containerd {
             labels: [(key.to_owned(), value.to_owned())].into(),
             ..image.clone().into()
         };
-        let mask = FieldMask {
-            paths: vec![format!("labels.{key}")],
-        };
+        let mask = FieldMask { paths: vec![format!("labels.{key}")] };
         let request = UpdateImageRequest {
             image: Some(message),
             update_mask: Some(mask),
             source_date_epoch: None,
         };
         let answer = self.images().update(self.request(request, QUICK)).await;
-        answer
-            .doing(|| format!("label image {}", image.name))
-            .map(drop)
+        answer.doing(|| format!("label image {}", image.name)).map(drop)
     }
 
     fn images(&self) -> ImagesClient<Channel> {
@@ -128,26 +110,12 @@ impl Destination {
         for name in [name, with_digest.as_str()] {
             let mut labels = labels.clone();
             labels.insert(LABEL.to_owned(), self.migration.clone());
-            let image = Image {
-                name: name.to_owned(),
-                target: target.clone(),
-                labels,
-            };
-            let request = CreateImageRequest {
-                image: Some(image.into()),
-                source_date_epoch: None,
-            };
-            let answer = self
-                .leased
-                .images()
-                .create(self.leased.request(request, QUICK))
-                .await;
+            let image = Image { name: name.to_owned(), target: target.clone(), labels };
+            let request = CreateImageRequest { image: Some(image.into()), source_date_epoch: None };
+            let answer = self.leased.images().create(self.leased.request(request, QUICK)).await;
             match answer.doing(|| format!("create image {name}")) {
                 Ok(_) => {
-                    return Ok(ImageName {
-                        name: name.to_owned(),
-                        created: true,
-                    });
+                    return Ok(ImageName { name: name.to_owned(), created: true });
                 }
                 Err(error) if error.is_already_exists() => {}
                 Err(error) => return Err(error),
@@ -156,24 +124,15 @@ impl Destination {
                 continue;
             };
             if there.target.digest == target.digest {
-                if let Some(owners) = there
-                    .labels
-                    .get(LABEL)
-                    .filter(|o| !owns(o, &self.migration))
+                if let Some(owners) = there.labels.get(LABEL).filter(|o| !owns(o, &self.migration))
                 {
                     let owners = format!("{owners},{}", self.migration);
                     self.plain.label_image(&there, LABEL, &owners).await?;
                 }
-                return Ok(ImageName {
-                    name: name.to_owned(),
-                    created: false,
-                });
+                return Ok(ImageName { name: name.to_owned(), created: false });
             }
         }
-        Err(Error::invalid(
-            format!("image name {with_digest}"),
-            "another image has it",
-        ))
+        Err(Error::invalid(format!("image name {with_digest}"), "another image has it"))
     }
 }
 
@@ -189,16 +148,8 @@ impl TryFrom<ImageMessage> for Image {
         let target = image.target.unwrap_or_default();
         let size = u64::try_from(target.size)
             .map_err(|e| Error::invalid(format!("size of image {}", image.name), e))?;
-        let target = Descriptor {
-            media_type: target.media_type,
-            digest: target.digest,
-            size,
-        };
-        Ok(Self {
-            name: image.name,
-            target,
-            labels: image.labels.into_iter().collect(),
-        })
+        let target = Descriptor { media_type: target.media_type, digest: target.digest, size };
+        Ok(Self { name: image.name, target, labels: image.labels.into_iter().collect() })
     }
 }
 

@@ -26,15 +26,8 @@ impl Destination {
             (LABEL.to_owned(), self.migration.clone()),
             (GC_EXPIRE.to_owned(), rfc3339(SystemTime::now() + EXPIRY)),
         ];
-        let request = CreateRequest {
-            id: self.lease.clone(),
-            labels: labels.into(),
-        };
-        let answer = self
-            .plain
-            .leases()
-            .create(self.plain.request(request, QUICK))
-            .await;
+        let request = CreateRequest { id: self.lease.clone(), labels: labels.into() };
+        let answer = self.plain.leases().create(self.plain.request(request, QUICK)).await;
         match answer.doing(|| format!("create lease {}", self.lease)) {
             Err(error) if error.is_already_exists() => Ok(()),
             other => other.map(drop),
@@ -47,58 +40,26 @@ impl Destination {
     /// # Errors
     /// [`super::Error::Call`].
     pub(crate) async fn delete_lease(&self, sync: bool) -> Result<()> {
-        let request = DeleteRequest {
-            id: self.lease.clone(),
-            sync,
-        };
-        let answer = self
-            .plain
-            .leases()
-            .delete(self.plain.request(request, SLOW))
-            .await;
-        answer
-            .doing(|| format!("delete lease {}", self.lease))
-            .found()
-            .map(drop)
+        let request = DeleteRequest { id: self.lease.clone(), sync };
+        let answer = self.plain.leases().delete(self.plain.request(request, SLOW)).await;
+        answer.doing(|| format!("delete lease {}", self.lease)).found().map(drop)
     }
 
     /// Covers something that was here before, so that it stays.
     pub(super) async fn cover(&self, kind: &str, id: &str) -> Result<()> {
-        let resource = Some(Resource {
-            id: id.to_owned(),
-            r#type: kind.to_owned(),
-        });
-        let request = AddResourceRequest {
-            id: self.lease.clone(),
-            resource,
-        };
-        let answer = self
-            .plain
-            .leases()
-            .add_resource(self.plain.request(request, QUICK))
-            .await;
-        answer
-            .doing(|| format!("cover {kind} {id} by lease {}", self.lease))
-            .map(drop)
+        let resource = Some(Resource { id: id.to_owned(), r#type: kind.to_owned() });
+        let request = AddResourceRequest { id: self.lease.clone(), resource };
+        let answer = self.plain.leases().add_resource(self.plain.request(request, QUICK)).await;
+        answer.doing(|| format!("cover {kind} {id} by lease {}", self.lease)).map(drop)
     }
 
     /// The snapshotters of which the lease covers a snapshot.
     pub(super) async fn covered_snapshotters(&self) -> Result<Vec<String>> {
-        let request = ListResourcesRequest {
-            id: self.lease.clone(),
-        };
-        let answer = self
-            .plain
-            .leases()
-            .list_resources(self.plain.request(request, QUICK))
-            .await;
-        let answer = answer
-            .doing(|| format!("list what lease {} covers", self.lease))
-            .found()?;
+        let request = ListResourcesRequest { id: self.lease.clone() };
+        let answer = self.plain.leases().list_resources(self.plain.request(request, QUICK)).await;
+        let answer = answer.doing(|| format!("list what lease {} covers", self.lease)).found()?;
         let resources = answer.map(|a| a.into_inner().resources).unwrap_or_default();
-        let of = resources
-            .iter()
-            .filter_map(|r| r.r#type.strip_prefix("snapshots/"));
+        let of = resources.iter().filter_map(|r| r.r#type.strip_prefix("snapshots/"));
         Ok(of.map(str::to_owned).collect())
     }
 }
@@ -111,10 +72,7 @@ impl Containerd {
 
 /// A time as `2026-11-21T03:10:27Z`. Times before 1970 count as 1970.
 fn rfc3339(time: SystemTime) -> String {
-    let seconds = time
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs();
+    let seconds = time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let (days, second) = (seconds / 86400, seconds % 86400);
     // Days are counted from 1 March of the year 0, so that the leap day is the last of its year; 400
     // years always have 146097 days, and five months from March always have 153.

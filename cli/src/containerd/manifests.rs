@@ -102,10 +102,7 @@ impl Containerd {
         }
         best.unwrap_or_else(|| {
             let platform = format!("linux/{}", architecture());
-            Err(Error::NoPlatform {
-                digest: target.digest.clone(),
-                platform,
-            })
+            Err(Error::NoPlatform { digest: target.digest.clone(), platform })
         })
     }
 
@@ -126,10 +123,7 @@ impl Containerd {
                 continue;
             }
             if path.len() > depth {
-                return Err(Error::invalid(
-                    format!("index {}", last.digest),
-                    "nested too deeply",
-                ));
+                return Err(Error::invalid(format!("index {}", last.digest), "nested too deeply"));
             }
             let index: Manifest = match self.read_json("index", last).await {
                 Err(Error::MissingBlob { .. }) if path.len() > 1 => continue,
@@ -158,10 +152,7 @@ impl Containerd {
         let config: Config = self.read_json("config", &config_at).await?;
         if (config.os.as_str(), config.architecture.as_str()) != ("linux", architecture()) {
             let platform = format!("linux/{}", architecture());
-            return Err(Error::NoPlatform {
-                digest: target.digest.clone(),
-                platform,
-            });
+            return Err(Error::NoPlatform { digest: target.digest.clone(), platform });
         }
 
         let mut blobs = Vec::new();
@@ -188,30 +179,15 @@ impl Containerd {
         }
         let chain = chain_ids(&config.rootfs.diff_ids);
         let layers = of_rootfs.into_iter().zip(config.rootfs.diff_ids).zip(chain);
-        let layers = layers
-            .map(|((blob, diff_id), chain_id)| Layer {
-                blob,
-                diff_id,
-                chain_id,
-            })
-            .collect();
-        Ok(ImageContent {
-            blobs,
-            config: config_at,
-            layers,
-        })
+        let layers =
+            layers.map(|((blob, diff_id), chain_id)| Layer { blob, diff_id, chain_id }).collect();
+        Ok(ImageContent { blobs, config: config_at, layers })
     }
 
     async fn present(&self, what: &'static str, at: &Descriptor) -> Result<Blob> {
         let blob = self.blob(&at.digest).await?;
-        let missing = || Error::MissingBlob {
-            what,
-            digest: at.digest.clone(),
-        };
-        Ok(Blob {
-            media_type: at.media_type.clone(),
-            ..blob.ok_or_else(missing)?
-        })
+        let missing = || Error::MissingBlob { what, digest: at.digest.clone() };
+        Ok(Blob { media_type: at.media_type.clone(), ..blob.ok_or_else(missing)? })
     }
 
     async fn read_json<T: for<'a> Deserialize<'a>>(
@@ -259,9 +235,7 @@ fn chain_ids(diff_ids: &[String]) -> Vec<String> {
             None => diff_id.clone(),
             Some(below) => {
                 let digest = Sha256::digest(format!("{below} {diff_id}"));
-                digest
-                    .iter()
-                    .fold("sha256:".to_owned(), |hex, byte| format!("{hex}{byte:02x}"))
+                digest.iter().fold("sha256:".to_owned(), |hex, byte| format!("{hex}{byte:02x}"))
             }
         };
         chain.push(next);
@@ -275,9 +249,7 @@ mod tests {
 
     #[test]
     fn chain_ids_are_those_of_the_image_spec() {
-        let ids: Vec<String> = ["a", "b"]
-            .map(|c| format!("sha256:{}", c.repeat(64)))
-            .into();
+        let ids: Vec<String> = ["a", "b"].map(|c| format!("sha256:{}", c.repeat(64))).into();
         let chain = chain_ids(&ids);
         assert_eq!(chain[0], ids[0]);
         let digest = Sha256::digest(format!("{} {}", ids[0], ids[1]));

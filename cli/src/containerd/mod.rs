@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   source host                                    destination host
-//!   driver ── Containerd (reads, deletes_source)   agent ── Destination (creates under a lease)
+//!   driver ── Containerd (reads)                   agent ── Destination (creates under a lease)
 //!     container, task, image, blobs, snapshot        blobs ─ image ─ unpack ─ snapshot ─ container ─ task
 //! ```
 //!

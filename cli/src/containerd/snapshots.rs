@@ -73,17 +73,11 @@ impl Containerd {
         snapshotter: &str,
         key: &str,
     ) -> Result<Option<SnapshotInfo>> {
-        let request = StatSnapshotRequest {
-            snapshotter: snapshotter.to_owned(),
-            key: key.to_owned(),
-        };
+        let request =
+            StatSnapshotRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() };
         let answer = self.snapshots().stat(self.request(request, QUICK)).await;
-        let answer = answer
-            .doing(|| format!("read snapshot {snapshotter}/{key}"))
-            .found()?;
-        Ok(answer
-            .and_then(|a| a.into_inner().info)
-            .map(SnapshotInfo::from))
+        let answer = answer.doing(|| format!("read snapshot {snapshotter}/{key}")).found()?;
+        Ok(answer.and_then(|a| a.into_inner().info).map(SnapshotInfo::from))
     }
 
     /// The mounts that make the file system of an active or view snapshot.
@@ -91,18 +85,10 @@ impl Containerd {
     /// # Errors
     /// [`Error::Call`].
     pub(crate) async fn snapshot_mounts(&self, snapshotter: &str, key: &str) -> Result<Vec<Mount>> {
-        let request = MountsRequest {
-            snapshotter: snapshotter.to_owned(),
-            key: key.to_owned(),
-        };
+        let request = MountsRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() };
         let answer = self.snapshots().mounts(self.request(request, QUICK)).await;
         let answer = answer.doing(|| format!("read the mounts of snapshot {snapshotter}/{key}"))?;
-        Ok(answer
-            .into_inner()
-            .mounts
-            .into_iter()
-            .map(Mount::from)
-            .collect())
+        Ok(answer.into_inner().mounts.into_iter().map(Mount::from).collect())
     }
 
     /// Where the container writes, after a check that the rest of its root file system is the image whose
@@ -122,9 +108,7 @@ impl Containerd {
             return Err(Error::RootFs(why.into()));
         }
         let snapshot = self.snapshot(snapshotter, key).await?.ok_or_else(|| {
-            Error::RootFs(format!(
-                "containerd has lost its snapshot {snapshotter}/{key}"
-            ))
+            Error::RootFs(format!("containerd has lost its snapshot {snapshotter}/{key}"))
         })?;
         if snapshot.parent != chain_id {
             let found = match snapshot.parent.as_str() {
@@ -132,18 +116,11 @@ impl Containerd {
                 parent => parent.to_owned(),
             };
             let expected = chain_id.to_owned();
-            return Err(Error::NotBasedOnImage {
-                key: key.clone(),
-                found,
-                expected,
-            });
+            return Err(Error::NotBasedOnImage { key: key.clone(), found, expected });
         }
         let upperdir = match snapshot.kind {
             SnapshotKind::View => None,
-            _ => Some(upperdir(
-                snapshotter,
-                &self.snapshot_mounts(snapshotter, key).await?,
-            )?),
+            _ => Some(upperdir(snapshotter, &self.snapshot_mounts(snapshotter, key).await?)?),
         };
         Ok(WritableLayer { upperdir, snapshot })
     }
@@ -153,15 +130,10 @@ impl Containerd {
     /// # Errors
     /// [`Error::Call`]; FAILED_PRECONDITION when others are based on it.
     pub(crate) async fn remove_snapshot(&self, snapshotter: &str, key: &str) -> Result<()> {
-        let request = RemoveSnapshotRequest {
-            snapshotter: snapshotter.to_owned(),
-            key: key.to_owned(),
-        };
+        let request =
+            RemoveSnapshotRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() };
         let answer = self.snapshots().remove(self.request(request, QUICK)).await;
-        answer
-            .doing(|| format!("remove snapshot {snapshotter}/{key}"))
-            .found()
-            .map(drop)
+        answer.doing(|| format!("remove snapshot {snapshotter}/{key}")).found().map(drop)
     }
 
     /// The snapshots that carry `label` with `value`.
@@ -192,18 +164,11 @@ impl Containerd {
     ) -> Result<()> {
         let request = UpdateSnapshotRequest {
             snapshotter: snapshotter.to_owned(),
-            info: Some(Info {
-                name: key.to_owned(),
-                ..Default::default()
-            }),
-            update_mask: Some(FieldMask {
-                paths: vec![format!("labels.{label}")],
-            }),
+            info: Some(Info { name: key.to_owned(), ..Default::default() }),
+            update_mask: Some(FieldMask { paths: vec![format!("labels.{label}")] }),
         };
         let answer = self.snapshots().update(self.request(request, QUICK)).await;
-        answer
-            .doing(|| format!("remove label {label} of snapshot {snapshotter}/{key}"))
-            .map(drop)
+        answer.doing(|| format!("remove label {label} of snapshot {snapshotter}/{key}")).map(drop)
     }
 
     pub(super) fn snapshots(&self) -> SnapshotsClient<Channel> {
@@ -230,21 +195,11 @@ impl Destination {
         let doing = format!("prepare snapshot {snapshotter}/{key}");
         let mut client = self.leased.snapshots();
         let mounts = if kind == SnapshotKind::View {
-            let request = ViewSnapshotRequest {
-                snapshotter,
-                key,
-                parent,
-                labels,
-            };
+            let request = ViewSnapshotRequest { snapshotter, key, parent, labels };
             let answer = client.view(self.leased.request(request, QUICK)).await;
             answer.doing(|| doing)?.into_inner().mounts
         } else {
-            let request = PrepareSnapshotRequest {
-                snapshotter,
-                key,
-                parent,
-                labels,
-            };
+            let request = PrepareSnapshotRequest { snapshotter, key, parent, labels };
             let answer = client.prepare(self.leased.request(request, QUICK)).await;
             answer.doing(|| doing)?.into_inner().mounts
         };
@@ -268,10 +223,7 @@ fn upperdir(snapshotter: &str, mounts: &[Mount]) -> Result<PathBuf> {
         let why = "its overlay keeps its marks in user xattrs (rootless containerd)";
         return Err(Error::RootFs(why.into()));
     }
-    let upper = overlay
-        .options
-        .iter()
-        .find_map(|o| o.strip_prefix("upperdir="));
+    let upper = overlay.options.iter().find_map(|o| o.strip_prefix("upperdir="));
     upper
         .map(PathBuf::from)
         .ok_or_else(|| Error::RootFs("its overlay has no upper directory".into()))
@@ -279,23 +231,13 @@ fn upperdir(snapshotter: &str, mounts: &[Mount]) -> Result<PathBuf> {
 
 impl From<types::Mount> for Mount {
     fn from(m: types::Mount) -> Self {
-        Self {
-            kind: m.r#type,
-            source: m.source,
-            target: m.target,
-            options: m.options,
-        }
+        Self { kind: m.r#type, source: m.source, target: m.target, options: m.options }
     }
 }
 
 impl From<Mount> for types::Mount {
     fn from(m: Mount) -> Self {
-        Self {
-            r#type: m.kind,
-            source: m.source,
-            target: m.target,
-            options: m.options,
-        }
+        Self { r#type: m.kind, source: m.source, target: m.target, options: m.options }
     }
 }
 
@@ -307,12 +249,7 @@ impl From<Info> for SnapshotInfo {
             Kind::Committed => SnapshotKind::Committed,
         };
         let labels = info.labels.into_iter().collect();
-        Self {
-            key: info.name,
-            parent: info.parent,
-            kind,
-            labels,
-        }
+        Self { key: info.name, parent: info.parent, kind, labels }
     }
 }
 
@@ -322,20 +259,12 @@ mod tests {
 
     fn mount(kind: &str, options: &[&str]) -> Mount {
         let options = options.iter().map(|o| (*o).to_owned()).collect();
-        Mount {
-            kind: kind.into(),
-            source: kind.into(),
-            target: String::new(),
-            options,
-        }
+        Mount { kind: kind.into(), source: kind.into(), target: String::new(), options }
     }
 
     #[test]
     fn the_upper_directory_is_found_in_an_overlay_and_nowhere_else() {
-        let good = mount(
-            "overlay",
-            &["index=off", "workdir=/w", "upperdir=/u/fs", "lowerdir=/l"],
-        );
+        let good = mount("overlay", &["index=off", "workdir=/w", "upperdir=/u/fs", "lowerdir=/l"]);
         assert_eq!(
             upperdir("overlayfs", std::slice::from_ref(&good)).unwrap(),
             PathBuf::from("/u/fs")
@@ -347,10 +276,7 @@ mod tests {
             vec![mount("overlay", &["lowerdir=/l"])],
             vec![mount("overlay", &["upperdir=/u", "userxattr"])],
         ] {
-            assert!(
-                matches!(upperdir("x", &bad), Err(Error::RootFs(_))),
-                "{bad:?}"
-            );
+            assert!(matches!(upperdir("x", &bad), Err(Error::RootFs(_))), "{bad:?}");
         }
     }
 }

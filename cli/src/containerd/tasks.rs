@@ -72,14 +72,9 @@ impl Containerd {
     /// # Errors
     /// [`Error::Call`].
     pub(crate) async fn task(&self, id: &str) -> Result<Option<Task>> {
-        let request = GetRequest {
-            container_id: id.to_owned(),
-            exec_id: String::new(),
-        };
+        let request = GetRequest { container_id: id.to_owned(), exec_id: String::new() };
         let answer = self.tasks().get(self.request(request, QUICK)).await;
-        let answer = answer
-            .doing(|| format!("read the task of container {id}"))
-            .found()?;
+        let answer = answer.doing(|| format!("read the task of container {id}")).found()?;
         Ok(answer.and_then(|a| a.into_inner().process).map(|p| Task {
             pid: p.pid,
             status: p.status().into(),
@@ -98,14 +93,9 @@ impl Containerd {
     /// # Errors
     /// [`Error::Call`] while it runs; with which code is up to the shim.
     pub(crate) async fn delete_task(&self, id: &str) -> Result<()> {
-        let request = DeleteTaskRequest {
-            container_id: id.to_owned(),
-        };
+        let request = DeleteTaskRequest { container_id: id.to_owned() };
         let answer = self.tasks().delete(self.request(request, SLOW)).await;
-        answer
-            .doing(|| format!("delete the task of container {id}"))
-            .found()
-            .map(drop)
+        answer.doing(|| format!("delete the task of container {id}")).found().map(drop)
     }
 
     /// Sends SIGKILL to every process of the task; one that is not there is fine.
@@ -120,10 +110,7 @@ impl Containerd {
             all: true,
         };
         let answer = self.tasks().kill(self.request(request, QUICK)).await;
-        answer
-            .doing(|| format!("kill the task of container {id}"))
-            .found()
-            .map(drop)
+        answer.doing(|| format!("kill the task of container {id}")).found().map(drop)
     }
 
     /// Kills a task, whatever it is doing, and deletes it, within `patience`. One that is not there is
@@ -178,15 +165,8 @@ impl Destination {
             options: Some(restore_options(runtime_options, criu_image_path)),
             runtime_path: String::new(),
         };
-        let answer = self
-            .leased
-            .tasks()
-            .create(self.leased.request(request, SLOW))
-            .await;
-        Ok(answer
-            .doing(|| format!("create the task of container {id}"))?
-            .into_inner()
-            .pid)
+        let answer = self.leased.tasks().create(self.leased.request(request, SLOW)).await;
+        Ok(answer.doing(|| format!("create the task of container {id}"))?.into_inner().pid)
     }
 
     /// Starts a task that was created.
@@ -194,19 +174,9 @@ impl Destination {
     /// # Errors
     /// [`Error::Call`].
     pub(crate) async fn start_task(&self, id: &str) -> Result<u32> {
-        let request = StartRequest {
-            container_id: id.to_owned(),
-            exec_id: String::new(),
-        };
-        let answer = self
-            .leased
-            .tasks()
-            .start(self.leased.request(request, SLOW))
-            .await;
-        Ok(answer
-            .doing(|| format!("start the task of container {id}"))?
-            .into_inner()
-            .pid)
+        let request = StartRequest { container_id: id.to_owned(), exec_id: String::new() };
+        let answer = self.leased.tasks().start(self.leased.request(request, SLOW)).await;
+        Ok(answer.doing(|| format!("start the task of container {id}"))?.into_inner().pid)
     }
 }
 
@@ -225,10 +195,7 @@ fn restore_options(runtime: Option<&TypedBytes>, criu_image_path: &str) -> Any {
     // Into a growing buffer nothing can fail.
     prost::encode_length_delimiter(criu_image_path.len(), &mut value).unwrap_or_default();
     value.extend_from_slice(criu_image_path.as_bytes());
-    Any {
-        type_url: RUNC_OPTIONS.to_owned(),
-        value,
-    }
+    Any { type_url: RUNC_OPTIONS.to_owned(), value }
 }
 
 impl From<Status> for TaskStatus {
@@ -268,43 +235,22 @@ mod tests {
             criu_image_path: "/old".into(),
         };
         let long = format!("/run/{}", "x".repeat(300));
-        for url in [
-            RUNC_OPTIONS.to_owned(),
-            format!("types.containerd.io/{RUNC_OPTIONS}"),
-        ] {
-            let bytes = TypedBytes {
-                type_url: url,
-                value: own.encode_to_vec(),
-            };
+        for url in [RUNC_OPTIONS.to_owned(), format!("types.containerd.io/{RUNC_OPTIONS}")] {
+            let bytes = TypedBytes { type_url: url, value: own.encode_to_vec() };
             let any = restore_options(Some(&bytes), &long);
             let got = RuncOptions::decode(any.value.as_slice()).unwrap();
             assert_eq!(any.type_url, RUNC_OPTIONS);
-            assert_eq!(
-                got,
-                RuncOptions {
-                    criu_image_path: long.clone(),
-                    ..own.clone()
-                }
-            );
+            assert_eq!(got, RuncOptions { criu_image_path: long.clone(), ..own.clone() });
         }
     }
 
     #[test]
     fn options_of_another_type_are_left_where_they_are() {
-        let other = TypedBytes {
-            type_url: "runtimeoptions.v1.Options".into(),
-            value: vec![9; 9],
-        };
+        let other = TypedBytes { type_url: "runtimeoptions.v1.Options".into(), value: vec![9; 9] };
         for options in [None, Some(&other)] {
             let any = restore_options(options, "/run/x");
             let got = RuncOptions::decode(any.value.as_slice()).unwrap();
-            assert_eq!(
-                got,
-                RuncOptions {
-                    criu_image_path: "/run/x".into(),
-                    ..Default::default()
-                }
-            );
+            assert_eq!(got, RuncOptions { criu_image_path: "/run/x".into(), ..Default::default() });
         }
     }
 }

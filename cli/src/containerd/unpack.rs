@@ -36,8 +36,7 @@ impl Destination {
             self.unpack_layer(snapshotter, &parent, layer).await?;
             parent.clone_from(&layer.chain_id);
         }
-        self.refer(&content.config.digest, snapshotter, &parent)
-            .await?;
+        self.refer(&content.config.digest, snapshotter, &parent).await?;
         Ok(parent)
     }
 
@@ -59,11 +58,7 @@ impl Destination {
             parent: parent.to_owned(),
             labels: labels.into(),
         };
-        let answer = self
-            .leased
-            .snapshots()
-            .prepare(self.leased.request(request, QUICK))
-            .await;
+        let answer = self.leased.snapshots().prepare(self.leased.request(request, QUICK)).await;
         let mounts = match answer.doing(|| format!("prepare snapshot {snapshotter}/{key}")) {
             Ok(answer) => answer.into_inner().mounts,
             // A snapshotter that fetches layers by itself answers that it has this one.
@@ -98,9 +93,7 @@ impl Destination {
         };
         let mut client = DiffClient::new(self.leased.channel());
         let answer = client.apply(self.leased.request(request, SLOW)).await;
-        let applied = answer
-            .doing(|| format!("unpack layer {}", layer.blob.digest))?
-            .into_inner();
+        let applied = answer.doing(|| format!("unpack layer {}", layer.blob.digest))?.into_inner();
         let digest = applied.applied.unwrap_or_default().digest;
         if digest != layer.diff_id {
             let why = format!("contains {digest}, not {} as the image says", layer.diff_id);
@@ -113,11 +106,7 @@ impl Destination {
             key: key.to_owned(),
             labels: [(SNAPSHOT_REF.to_owned(), layer.chain_id.clone())].into(),
         };
-        let answer = self
-            .leased
-            .snapshots()
-            .commit(self.leased.request(request, QUICK))
-            .await;
+        let answer = self.leased.snapshots().commit(self.leased.request(request, QUICK)).await;
         answer.doing(|| format!("commit snapshot {snapshotter}/{}", layer.chain_id))?;
         let label = (UNCOMPRESSED.to_owned(), layer.diff_id.clone());
         self.plain.label_blob(&layer.blob.digest, [label]).await
@@ -139,18 +128,11 @@ impl Destination {
     async fn refer(&self, config: &str, snapshotter: &str, chain_id: &str) -> Result<()> {
         let reference = reference(snapshotter);
         let info = self.plain.blob_info(config).await?.unwrap_or_default();
-        if info
-            .labels
-            .get(&reference)
-            .is_some_and(|there| there == chain_id)
-            || chain_id.is_empty()
+        if info.labels.get(&reference).is_some_and(|there| there == chain_id) || chain_id.is_empty()
         {
             return Ok(());
         }
-        let labels = [
-            (reference, chain_id.to_owned()),
-            (LABEL.to_owned(), self.migration.clone()),
-        ];
+        let labels = [(reference, chain_id.to_owned()), (LABEL.to_owned(), self.migration.clone())];
         self.plain.label_blob(config, labels).await
     }
 }

@@ -66,10 +66,7 @@ impl Destination {
         };
         // The first message has to be there before the call: containerd answers nothing until it has it.
         let (requests, receiver) = mpsc::channel(1);
-        requests
-            .send(first)
-            .await
-            .map_err(|e| Error::invalid(doing(), e))?;
+        requests.send(first).await.map_err(|e| Error::invalid(doing(), e))?;
         let stream = self.leased.stream_request(ReceiverStream::new(receiver));
         let mut client = self.leased.contents();
         let call = tokio::time::timeout(CHUNK_DEADLINE, client.write(stream)).await;
@@ -79,13 +76,8 @@ impl Destination {
             Err(error) => return Err(error),
         };
         let blob = blob.clone();
-        let mut writer = BlobWriter {
-            requests,
-            answers,
-            destination: self.clone(),
-            blob,
-            offset: 0,
-        };
+        let mut writer =
+            BlobWriter { requests, answers, destination: self.clone(), blob, offset: 0 };
         match writer.answer(CHUNK_DEADLINE).await {
             Ok(state) if (0..=total).contains(&state.offset) => {
                 writer.offset = state.offset.unsigned_abs();
@@ -106,10 +98,7 @@ impl Destination {
         match self.plain.blob(&blob.digest).await? {
             Some(there) => self.complete(blob, &there).await?,
             None => {
-                return Err(Error::invalid(
-                    format!("blob {}", blob.digest),
-                    "came and went",
-                ));
+                return Err(Error::invalid(format!("blob {}", blob.digest), "came and went"));
             }
         }
         Ok(None)
@@ -128,23 +117,15 @@ impl Destination {
     /// Removes what blobs of this migration were written in part.
     pub(super) async fn abort_ingests(&self) -> Result<()> {
         let doing = || "list unfinished blobs".to_owned();
-        let request = ListStatusesRequest {
-            filters: Vec::new(),
-        };
+        let request = ListStatusesRequest { filters: Vec::new() };
         let mut client = self.plain.contents();
-        let answer = client
-            .list_statuses(self.plain.request(request, QUICK))
-            .await;
+        let answer = client.list_statuses(self.plain.request(request, QUICK)).await;
         let prefix = self.ingest("");
         for status in answer.doing(doing)?.into_inner().statuses {
             if status.r#ref.starts_with(&prefix) {
-                let request = AbortRequest {
-                    r#ref: status.r#ref.clone(),
-                };
+                let request = AbortRequest { r#ref: status.r#ref.clone() };
                 let answer = client.abort(self.plain.request(request, QUICK)).await;
-                answer
-                    .doing(|| format!("remove unfinished blob {}", status.r#ref))
-                    .found()?;
+                answer.doing(|| format!("remove unfinished blob {}", status.r#ref)).found()?;
             }
         }
         Ok(())
@@ -173,9 +154,7 @@ impl BlobWriter {
                 let why = format!("more than the {} bytes announced", self.blob.size);
                 return Err(Error::invalid(format!("blob {}", self.blob.digest), why));
             }
-            let answer = self
-                .send(WriteAction::Write, piece.to_vec(), CHUNK_DEADLINE)
-                .await?;
+            let answer = self.send(WriteAction::Write, piece.to_vec(), CHUNK_DEADLINE).await?;
             self.offset += piece.len() as u64;
             if answer.offset != self.offset.cast_signed() {
                 let why = format!("{} bytes stored of {}", answer.offset, self.offset);
@@ -236,10 +215,7 @@ impl BlobWriter {
         let doing = || format!("write blob {}", self.blob.digest);
         let answer = tokio::time::timeout(deadline, self.answers.message()).await;
         let answer = answer
-            .map_err(|_| Error::Timeout {
-                doing: doing(),
-                seconds: deadline.as_secs(),
-            })?
+            .map_err(|_| Error::Timeout { doing: doing(), seconds: deadline.as_secs() })?
             .doing(doing)?;
         answer.ok_or_else(|| Error::invalid(doing(), "containerd ended the write"))
     }
@@ -251,8 +227,5 @@ fn references(blob: &Blob) -> impl Iterator<Item = (String, String)> {
     let is_reference = |(k, v): &(&String, &String)| {
         k.starts_with(GC_REF_CONTENT) && check_digest(v).is_ok() && k.len() + v.len() < 4096
     };
-    blob.labels
-        .iter()
-        .filter(is_reference)
-        .map(|(k, v)| (k.clone(), v.clone()))
+    blob.labels.iter().filter(is_reference).map(|(k, v)| (k.clone(), v.clone()))
 }

@@ -96,7 +96,12 @@ fn hosts(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
     let missing: Vec<_> = source.cpu_flags.difference(&destination.cpu_flags).cloned().collect();
     if !missing.is_empty() {
         let what = format!("the destination's processor lacks {}", missing.join(" "));
-        block(found, "cpu", what, "choose a destination whose processor can do what the source's can");
+        block(
+            found,
+            "cpu",
+            what,
+            "choose a destination whose processor can do what the source's can",
+        );
     }
     if let (Some(from), Some(to)) = (&source.criu, &destination.criu)
         && version(to) < version(from)
@@ -221,7 +226,12 @@ fn address(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
     }
     if let Some(device) = &facts.room.address_on {
         let what = format!("the destination has {} already, on {device}", cidr.ip);
-        block(found, "address-taken", what, &format!("remove it there: ip addr del {cidr} dev {device}"));
+        block(
+            found,
+            "address-taken",
+            what,
+            &format!("remove it there: ip addr del {cidr} dev {device}"),
+        );
     }
     if facts.room.device.is_none() {
         let what = format!("no interface of the destination is in the network of {cidr}");
@@ -298,7 +308,12 @@ fn room(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
     let (container, room) = (facts.container, facts.room);
     if room.id_taken {
         let what = format!("the destination has a container {}", container.id);
-        block(found, "id-taken", what, &format!("remove it there: ctr container rm {}", container.id));
+        block(
+            found,
+            "id-taken",
+            what,
+            &format!("remove it there: ctr container rm {}", container.id),
+        );
     }
     // In this mode the pages lie in the images and in the process at the same time.
     let needed = container.resident * 2 + MEMORY_MARGIN;

@@ -153,8 +153,7 @@ fn each_obstacle_is_refused_by_its_name() {
             c.container.shared = vec![Shared { kind: "net".into(), pid: 9 }];
         }),
         ("bind-mount", |c| {
-            c.container.binds =
-                vec![Bind { source: "/srv/data".into(), target: "/data".into() }];
+            c.container.binds = vec![Bind { source: "/srv/data".into(), target: "/data".into() }];
         }),
         ("volume", |c| {
             let source = "/var/lib/nerdctl/1/volumes/default/v/_data".to_owned();

@@ -121,13 +121,11 @@ impl ContainerFacts {
             migration: if migrating { shim.migration.clone() } else { String::new() },
             execs: shim.execs.clone(),
             terminal: shim.terminal,
-            sockets: sockets::of_processes(&shim.pids)
-                .context("read the container's sockets")?,
+            sockets: sockets::of_processes(&shim.pids).context("read the container's sockets")?,
             binds: binds(&spec),
             joined: joined(&spec),
             shared: shared(shim, &network),
-            user_namespace: namespaces(&spec)
-                .any(|(kind, _)| kind == LinuxNamespaceType::User),
+            user_namespace: namespaces(&spec).any(|(kind, _)| kind == LinuxNamespaceType::User),
             hooks: hooks(&spec),
             io_uring: shim.pids.iter().copied().filter(|&p| uses_io_uring(p)).collect(),
             resident: shim.pids.iter().map(|&p| resident(p)).sum(),
@@ -227,11 +225,28 @@ fn shared(shim: &Description, network: &Network) -> Vec<Shared> {
         if inode(std::process::id(), kind) == Some(own) {
             continue;
         }
-        if let Some(&pid) = others.iter().find(|&&pid| inode(pid, kind) == Some(own)) {
+        // A process that was forked since the shim was asked is the container's own.
+        let foreign = |pid: u32| inode(pid, kind) == Some(own) && !descends(pid, shim.init_pid);
+        if let Some(&pid) = others.iter().find(|&&pid| foreign(pid)) {
             found.push(Shared { kind: (*kind).to_owned(), pid });
         }
     }
     found
+}
+
+/// Whether `pid` has `ancestor` above it, or has ended meanwhile.
+fn descends(pid: u32, ancestor: u32) -> bool {
+    let mut at = pid;
+    while at != ancestor {
+        let Ok(stat) = fs::read_to_string(format!("/proc/{at}/stat")) else { return true };
+        // After the name, which may hold anything: state and parent.
+        let parent = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1));
+        match parent.and_then(|p| p.parse().ok()) {
+            Some(0) | None => return false,
+            Some(parent) => at = parent,
+        }
+    }
+    true
 }
 
 fn uses_io_uring(pid: u32) -> bool {

@@ -9,7 +9,7 @@
 //!  retire ◀───────────────────────────────────────────────   finish
 //! ```
 //! Before the commit every failure ends with the container running here and the destination clean
-//! ([`rollback`]). After it, nothing here may thaw: [`settle`] asks the destination, which answers
+//! (`rollback`). After it, nothing here may thaw: [`settle`] asks the destination, which answers
 //! for good, and either ends the source or brings it back.
 
 mod failure;
@@ -38,10 +38,10 @@ use crate::transport::link::{Link, unexpected};
 use crate::transport::ssh::Destination;
 use crate::wire::messages::{ContainerdAddress, ImageSpec, NewContainer, Reply, Request};
 use failure::{Failure, Whereabouts};
-use timeline::Timeline;
 use plan::Plan;
 use report::{Bytes, Report, downtime};
 use source::Source;
+use timeline::Timeline;
 
 /// The only mode so far.
 const MODE: &str = "stop";
@@ -82,12 +82,10 @@ struct Migration {
 /// When the container was not moved; the text says where it runs.
 pub(crate) async fn run(options: Options) -> Result<()> {
     let name = format!("driver-{}-{}", options.containerd.namespace, options.container);
-    let driver = lock::take(&name, Duration::ZERO)
+    let _driver = lock::take(&name, Duration::ZERO)
         .await
         .with_context(|| format!("{} is being moved", options.container))?;
-    let result = run_locked(options).await;
-    lock::remove(&name, driver);
-    result
+    run_locked(options).await
 }
 
 async fn run_locked(options: Options) -> Result<()> {
@@ -235,9 +233,8 @@ impl Migration {
         timeline.run(Phase::Container, link.order(&order, patience)).await?;
 
         let patience = Phase::Layer.deadline();
-        bytes.layer = timeline
-            .run(Phase::Layer, source.send_layer(link, Pass::Live, patience))
-            .await?;
+        bytes.layer =
+            timeline.run(Phase::Layer, source.send_layer(link, Pass::Live, patience)).await?;
 
         let patience = Phase::Address.deadline();
         timeline
@@ -257,8 +254,7 @@ impl Migration {
         (bytes.pages, bytes.images, bytes.layer_delta) = timeline
             .run(Phase::Transfer, async {
                 let delta = source.send_layer(link, Pass::Frozen, patience).await?;
-                let (pages, rest) =
-                    source.send_images(link, &dump.images_path, patience).await?;
+                let (pages, rest) = source.send_images(link, &dump.images_path, patience).await?;
                 Ok((pages, rest, delta))
             })
             .await?;
@@ -385,13 +381,7 @@ impl Migration {
             mode: MODE,
             stdout: held.stdout.trim_start_matches("file://").to_owned(),
             resident: source.facts.resident,
-            downtime: downtime(
-                &self.timeline,
-                held.freeze_us,
-                release_us,
-                network_us,
-                downtime_us,
-            ),
+            downtime: downtime(&self.timeline, held.freeze_us, release_us, network_us, downtime_us),
             total_us: micros(self.started),
             bytes: Bytes { total: sent, ..self.bytes },
             phases: self.timeline.took().to_vec(),
@@ -457,17 +447,14 @@ fn show_report(report: &Report, json: bool) -> Result<()> {
 
 /// An id that is unique among the migrations of both hosts.
 fn new_id() -> String {
-    let since = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .unwrap_or_default();
+    let since =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     format!("m{:x}-{:x}", since.as_micros(), std::process::id())
 }
 
 pub(crate) fn hostname() -> String {
-    nix::unistd::gethostname().map_or_else(
-        |_| "this host".to_owned(),
-        |name| name.to_string_lossy().into_owned(),
-    )
+    nix::unistd::gethostname()
+        .map_or_else(|_| "this host".to_owned(), |name| name.to_string_lossy().into_owned())
 }
 
 fn micros(since: Instant) -> u64 {

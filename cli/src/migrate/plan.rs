@@ -56,7 +56,8 @@ impl Plan {
         }
         text += "cannot be moved:\n";
         for blocker in &self.blockers {
-            text += &format!("  {}: {}\n      cure: {}\n", blocker.name, blocker.what, blocker.cure);
+            text +=
+                &format!("  {}: {}\n      cure: {}\n", blocker.name, blocker.what, blocker.cure);
         }
         text
     }

@@ -15,7 +15,7 @@ use ferry_oci::record::Record;
 use ferry_oci::{paths, quarantine};
 
 use crate::agent::cleanup::nft;
-use crate::containerd::{Containerd, ContainerRecord, Image, ImageContent, WritableLayer};
+use crate::containerd::{ContainerRecord, Containerd, Image, ImageContent, WritableLayer};
 use crate::describe::container::{ContainerFacts, FromRecord};
 use crate::network::address::{self, Cidr};
 use crate::shim::{self, Shim};

@@ -59,9 +59,7 @@ fn frame(mac: [u8; 6], ip: Ipv4Addr, operation: u16) -> Vec<u8> {
 
 fn packet_socket() -> io::Result<OwnedFd> {
     // SAFETY: socket(2) takes plain integers and returns a descriptor or -1.
-    let fd = unsafe {
-        libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0)
-    };
+    let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

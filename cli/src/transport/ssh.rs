@@ -149,11 +149,10 @@ mod tests {
     #[test]
     fn hosts_are_taken_from_urls() {
         let to: Destination = "ssh://root@10.77.0.2:2222".parse().unwrap();
-        assert_eq!(to, Destination {
-            user: Some("root".into()),
-            host: "10.77.0.2".into(),
-            port: Some(2222)
-        });
+        assert_eq!(
+            to,
+            Destination { user: Some("root".into()), host: "10.77.0.2".into(), port: Some(2222) }
+        );
         assert_eq!("ssh://[fd00::2]".parse::<Destination>().unwrap().host, "fd00::2");
         assert_eq!("ssh://b".parse::<Destination>().unwrap().host(), "b");
     }

@@ -118,17 +118,13 @@ impl Hold {
 
     /// Lets the restored tasks run.
     pub fn go(&mut self) -> Result<(), HoldError> {
-        self.decision
-            .write_all(b"go\n")
-            .map_err(HoldError::io("release the hold"))
+        self.decision.write_all(b"go\n").map_err(HoldError::io("release the hold"))
     }
 
     /// Fails the restore: the script reads something else than `go`. Dropping the hold does the
     /// same by EOF.
     pub fn refuse(&mut self) -> Result<(), HoldError> {
-        self.decision
-            .write_all(b"no\n")
-            .map_err(HoldError::io("refuse the hold"))
+        self.decision.write_all(b"no\n").map_err(HoldError::io("refuse the hold"))
     }
 }
 
@@ -237,12 +233,7 @@ mod tests {
     fn other_actions_pass_at_once() {
         let dir = tempfile::tempdir().unwrap();
         let hold = Hold::prepare(dir.path(), None).unwrap();
-        for action in [
-            "pre-restore",
-            "setup-namespaces",
-            "post-setup-namespaces",
-            "pre-resume",
-        ] {
+        for action in ["pre-restore", "setup-namespaces", "post-setup-namespaces", "pre-resume"] {
             assert!(call(&hold, action).wait().unwrap().success(), "{action}");
         }
     }
@@ -253,10 +244,7 @@ mod tests {
         let hold = Hold::prepare(dir.path(), Some("echo $CRTOOLS_INIT_PID >pid; exit 3")).unwrap();
         let status = call(&hold, "post-setup-namespaces").wait().unwrap();
         assert_eq!(status.code(), Some(3));
-        assert_eq!(
-            std::fs::read_to_string(dir.path().join("pid")).unwrap(),
-            "4711\n"
-        );
+        assert_eq!(std::fs::read_to_string(dir.path().join("pid")).unwrap(), "4711\n");
     }
 
     #[test]

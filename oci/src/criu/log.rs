@@ -43,17 +43,13 @@ pub fn failure(log: &Path) -> io::Result<Failure> {
 
 /// CRIU's id of the run that wrote `log`: it names the run's nftables table.
 pub fn run_id(log: &Path) -> io::Result<Option<String>> {
-    let lines = BufReader::new(File::open(log)?)
-        .lines()
-        .map_while(Result::ok);
+    let lines = BufReader::new(File::open(log)?).lines().map_while(Result::ok);
     Ok(lines.take(2000).find_map(|line| find_run_id(&line)))
 }
 
 /// The version of the CRIU that wrote `log`.
 pub fn version(log: &Path) -> io::Result<Option<String>> {
-    let lines = BufReader::new(File::open(log)?)
-        .lines()
-        .map_while(Result::ok);
+    let lines = BufReader::new(File::open(log)?).lines().map_while(Result::ok);
     Ok(lines.take(50).find_map(|line| find_version(&line)))
 }
 
@@ -101,67 +97,25 @@ fn as_error(line: &str) -> Option<&str> {
 
 /// Known errors and what helps.
 const CURES: &[(&str, &str)] = &[
-    (
-        "Can't get 1:16 opt",
-        "this CRIU is too old for the kernel: 4.2 or newer is needed",
-    ),
-    (
-        "Unexpected rt vDSO area bounds",
-        "this CRIU is too old for the kernel",
-    ),
-    (
-        "ELF header magic mismatch",
-        "the images are from a newer CRIU: use the same version",
-    ),
-    (
-        "Can't bind inet socket back",
-        "the container's address is missing on this host",
-    ),
-    (
-        "In-flight connection",
-        "a connection was being opened: try again",
-    ),
-    (
-        "Connected TCP socket",
-        "established connections need --tcp-established",
-    ),
-    (
-        "External socket is used",
-        "a unix socket is connected to a process outside",
-    ),
-    (
-        "[userfaultfd]",
-        "the program uses userfaultfd, which CRIU cannot dump",
-    ),
-    (
-        "anon_inode:[io_uring]",
-        "the program uses io_uring, which CRIU cannot dump",
-    ),
-    (
-        "Some file locks are hold",
-        "the program holds file locks: they need file_locks",
-    ),
-    (
-        "Can't lookup mount",
-        "the container's files must lie on a real disk, not on an overlay",
-    ),
+    ("Can't get 1:16 opt", "this CRIU is too old for the kernel: 4.2 or newer is needed"),
+    ("Unexpected rt vDSO area bounds", "this CRIU is too old for the kernel"),
+    ("ELF header magic mismatch", "the images are from a newer CRIU: use the same version"),
+    ("Can't bind inet socket back", "the container's address is missing on this host"),
+    ("In-flight connection", "a connection was being opened: try again"),
+    ("Connected TCP socket", "established connections need --tcp-established"),
+    ("External socket is used", "a unix socket is connected to a process outside"),
+    ("[userfaultfd]", "the program uses userfaultfd, which CRIU cannot dump"),
+    ("anon_inode:[io_uring]", "the program uses io_uring, which CRIU cannot dump"),
+    ("Some file locks are hold", "the program holds file locks: they need file_locks"),
+    ("Can't lookup mount", "the container's files must lie on a real disk, not on an overlay"),
     ("Found dead task", "a task ended during the dump: try again"),
-    (
-        "is not a leader of its session",
-        "a process outside leads the session",
-    ),
+    ("is not a leader of its session", "a process outside leads the session"),
     ("Pid file", "the bundle has a pid file already"),
-    (
-        "already exists",
-        "a pid of the container is taken in its namespace",
-    ),
+    ("already exists", "a pid of the container is taken in its namespace"),
 ];
 
 fn cure(error: &str) -> Option<&'static str> {
-    CURES
-        .iter()
-        .find(|(text, _)| error.contains(text))
-        .map(|(_, cure)| *cure)
+    CURES.iter().find(|(text, _)| error.contains(text)).map(|(_, cure)| *cure)
 }
 
 #[cfg(test)]
@@ -183,38 +137,25 @@ mod tests {
         assert!(error.starts_with("Error (criu/sk-inet.c:204)"), "{error}");
         assert!(failure.cure.unwrap().contains("tcp-established"));
         assert_eq!(failure.tail.len(), 5);
-        assert!(
-            failure
-                .to_string()
-                .starts_with("criu: Error (criu/sk-inet.c")
-        );
+        assert!(failure.to_string().starts_with("criu: Error (criu/sk-inet.c"));
     }
 
     #[test]
     fn bytes_that_are_not_text_do_not_hide_the_error() {
         let log = b"(00.1) \xff\xfe\n(00.2) 7: Error (a.c:1): boom\n";
-        assert_eq!(
-            parse(&log[..]).first_error.as_deref(),
-            Some("Error (a.c:1): boom")
-        );
+        assert_eq!(parse(&log[..]).first_error.as_deref(), Some("Error (a.c:1): boom"));
     }
 
     #[test]
     fn a_log_without_an_error_gives_its_last_line() {
         let failure = parse("(00.1) fine\n".as_bytes());
-        assert_eq!(
-            failure.to_string(),
-            "criu wrote no error, its last line: (00.1) fine"
-        );
+        assert_eq!(failure.to_string(), "criu wrote no error, its last line: (00.1) fine");
         assert_eq!(parse(&b""[..]).to_string(), "criu wrote no log");
     }
 
     #[test]
     fn only_a_plain_run_id_is_taken() {
-        assert_eq!(
-            LOG.lines().find_map(find_run_id).as_deref(),
-            Some("5d2a-77")
-        );
+        assert_eq!(LOG.lines().find_map(find_run_id).as_deref(), Some("5d2a-77"));
         assert_eq!(find_run_id("CRIU run id = x; rm -rf /"), None);
         assert_eq!(find_run_id("nothing"), None);
         assert_eq!(LOG.lines().find_map(find_version).as_deref(), Some("4.2"));

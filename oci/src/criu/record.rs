@@ -86,12 +86,7 @@ pub enum RecordError {
 impl DumpRecord {
     /// A record of this version.
     pub fn new(options: DumpOptions, criu: String, runc: String) -> Self {
-        Self {
-            version: RECORD_VERSION,
-            options,
-            criu,
-            runc,
-        }
+        Self { version: RECORD_VERSION, options, criu, runc }
     }
 
     /// Writes the record into `images`.
@@ -160,24 +155,12 @@ mod tests {
 
     #[test]
     fn bad_and_oversized_records_are_refused() {
-        assert!(matches!(
-            DumpRecord::parse(b""),
-            Err(RecordError::Format(_))
-        ));
-        assert!(matches!(
-            DumpRecord::parse(b"{}"),
-            Err(RecordError::Format(_))
-        ));
-        assert!(matches!(
-            DumpRecord::parse(b"{\"version\":0}"),
-            Err(RecordError::Version(0))
-        ));
+        assert!(matches!(DumpRecord::parse(b""), Err(RecordError::Format(_))));
+        assert!(matches!(DumpRecord::parse(b"{}"), Err(RecordError::Format(_))));
+        assert!(matches!(DumpRecord::parse(b"{\"version\":0}"), Err(RecordError::Version(0))));
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join(RECORD_FILE), vec![b' '; 70_000]).unwrap();
-        assert!(matches!(
-            DumpRecord::read(dir.path()),
-            Err(RecordError::Size)
-        ));
+        assert!(matches!(DumpRecord::read(dir.path()), Err(RecordError::Size)));
     }
 
     #[test]

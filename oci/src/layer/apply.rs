@@ -40,11 +40,8 @@ pub struct Applied {
 /// was done before stays.
 pub fn apply(mut input: impl BufRead, root: &Path) -> Result<Applied> {
     read_header(&mut input)?;
-    let mut target = Target {
-        root: Root::open(root)?,
-        buffer: Vec::new(),
-        done: Applied::default(),
-    };
+    let mut target =
+        Target { root: Root::open(root)?, buffer: Vec::new(), done: Applied::default() };
     loop {
         match read_record(&mut input)? {
             Record::End { count } if count == target.done.entries => return Ok(target.done),
@@ -66,43 +63,28 @@ impl Target {
         match record {
             Record::Remove { path } => {
                 self.root.forget();
-                self.remove(&path)
-                    .map_err(|e| Error::io("remove", &path, e))
+                self.remove(&path).map_err(|e| Error::io("remove", &path, e))
             }
             Record::Dir { path, meta, clear } => {
                 self.root.forget();
-                let fd = self
-                    .dir(&path, clear)
-                    .map_err(|e| Error::io("make", &path, e))?;
+                let fd = self.dir(&path, clear).map_err(|e| Error::io("make", &path, e))?;
                 set_meta(fd.as_fd(), OsStr::new("."), fd.as_fd(), &meta, &path, false)
             }
             Record::File { path, meta, size } => self.file(&path, &meta, size, input),
-            Record::Symlink { path, meta, target } => self.node(&path, &meta, |dir, name| {
-                symlinkat(target.as_path(), dir, name)
-            }),
+            Record::Symlink { path, meta, target } => {
+                self.node(&path, &meta, |dir, name| symlinkat(target.as_path(), dir, name))
+            }
             Record::Fifo { path, meta } => self.node(&path, &meta, |dir, name| {
                 mknodat(dir, name, SFlag::S_IFIFO, Mode::S_IRUSR, 0)
             }),
-            Record::Device {
-                path,
-                meta,
-                block,
-                major,
-                minor,
-            } => {
-                let kind = if block {
-                    SFlag::S_IFBLK
-                } else {
-                    SFlag::S_IFCHR
-                };
+            Record::Device { path, meta, block, major, minor } => {
+                let kind = if block { SFlag::S_IFBLK } else { SFlag::S_IFCHR };
                 let device = makedev(major.into(), minor.into());
-                self.node(&path, &meta, |dir, name| {
-                    mknodat(dir, name, kind, Mode::S_IRUSR, device)
-                })
+                self.node(&path, &meta, |dir, name| mknodat(dir, name, kind, Mode::S_IRUSR, device))
             }
-            Record::Link { path, to } => self
-                .link(&path, &to)
-                .map_err(|e| Error::io("link", &path, e)),
+            Record::Link { path, to } => {
+                self.link(&path, &to).map_err(|e| Error::io("link", &path, e))
+            }
             Record::Times { path, mtime } => {
                 let dir = self.root.dir(&path);
                 let set = dir.and_then(|fd| set_mtime(fd.as_fd(), OsStr::new("."), mtime));
@@ -156,11 +138,7 @@ impl Target {
                 | OFlag::O_CLOEXEC;
             openat(dir, name, flags, Mode::S_IRUSR | Mode::S_IWUSR)
         };
-        let failed = |e| Error::Io {
-            doing: "write",
-            path: path.to_owned(),
-            source: e,
-        };
+        let failed = |e| Error::Io { doing: "write", path: path.to_owned(), source: e };
         let file = create(&mut self.root).map_err(|e| Error::io("create", path, e))?;
         let file = File::from(file);
         file.set_len(size).map_err(failed)?;
@@ -181,10 +159,7 @@ impl Target {
                 _ => return Err(Error::Malformed("a file does not have the size announced")),
             }
         }
-        let (dir, name) = self
-            .root
-            .parent(path)
-            .map_err(|e| Error::io("open", path, e))?;
+        let (dir, name) = self.root.parent(path).map_err(|e| Error::io("open", path, e))?;
         set_meta(dir, name, file.as_fd(), meta, path, true)
     }
 
@@ -203,10 +178,7 @@ impl Target {
             openat(dir, name, flags, Mode::empty())
         };
         let fd = create(&mut self.root).map_err(|e| Error::io("create", path, e))?;
-        let (dir, name) = self
-            .root
-            .parent(path)
-            .map_err(|e| Error::io("open", path, e))?;
+        let (dir, name) = self.root.parent(path).map_err(|e| Error::io("open", path, e))?;
         set_meta(dir, name, fd.as_fd(), meta, path, true)
     }
 
@@ -249,13 +221,7 @@ fn set_meta(
 
 fn set_mtime(dir: BorrowedFd<'_>, name: &OsStr, mtime: Time) -> nix::Result<()> {
     let mtime = TimeSpec::new(mtime.seconds, mtime.nanoseconds.into());
-    utimensat(
-        dir,
-        name,
-        &TimeSpec::UTIME_OMIT,
-        &mtime,
-        UtimensatFlags::NoFollowSymlink,
-    )
+    utimensat(dir, name, &TimeSpec::UTIME_OMIT, &mtime, UtimensatFlags::NoFollowSymlink)
 }
 
 /// Makes `wanted` all attributes there are, save those that belong to this host.
@@ -270,7 +236,5 @@ fn set_xattrs(fd: BorrowedFd<'_>, wanted: &[(Vec<u8>, Vec<u8>)]) -> std::io::Res
             sys::remove_xattr(fd, &name)?;
         }
     }
-    wanted
-        .iter()
-        .try_for_each(|(name, value)| sys::set_xattr(fd, name, value))
+    wanted.iter().try_for_each(|(name, value)| sys::set_xattr(fd, name, value))
 }

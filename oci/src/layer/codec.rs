@@ -29,46 +29,15 @@ pub(super) const MAX_DATA: usize = 1 << 20;
 /// One record of the stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Record {
-    Remove {
-        path: PathBuf,
-    },
-    Dir {
-        path: PathBuf,
-        meta: Meta,
-        clear: bool,
-    },
-    File {
-        path: PathBuf,
-        meta: Meta,
-        size: u64,
-    },
-    Symlink {
-        path: PathBuf,
-        meta: Meta,
-        target: PathBuf,
-    },
-    Fifo {
-        path: PathBuf,
-        meta: Meta,
-    },
-    Device {
-        path: PathBuf,
-        meta: Meta,
-        block: bool,
-        major: u32,
-        minor: u32,
-    },
-    Link {
-        path: PathBuf,
-        to: PathBuf,
-    },
-    Times {
-        path: PathBuf,
-        mtime: Time,
-    },
-    End {
-        count: u64,
-    },
+    Remove { path: PathBuf },
+    Dir { path: PathBuf, meta: Meta, clear: bool },
+    File { path: PathBuf, meta: Meta, size: u64 },
+    Symlink { path: PathBuf, meta: Meta, target: PathBuf },
+    Fifo { path: PathBuf, meta: Meta },
+    Device { path: PathBuf, meta: Meta, block: bool, major: u32, minor: u32 },
+    Link { path: PathBuf, to: PathBuf },
+    Times { path: PathBuf, mtime: Time },
+    End { count: u64 },
 }
 
 /// A piece of a file.
@@ -83,9 +52,7 @@ pub(super) enum Extent {
 }
 
 pub(super) fn write_header(out: &mut impl Write) -> Result<()> {
-    out.write_all(MAGIC)
-        .and_then(|()| out.write_all(&FORMAT.to_le_bytes()))
-        .map_err(Error::Stream)
+    out.write_all(MAGIC).and_then(|()| out.write_all(&FORMAT.to_le_bytes())).map_err(Error::Stream)
 }
 
 pub(super) fn read_header(input: &mut impl Read) -> Result<()> {
@@ -127,13 +94,7 @@ pub(super) fn write_record(out: &mut impl Write, record: &Record) -> Result<()> 
             put_path(&mut buf, path)?;
             put_meta(&mut buf, meta)?;
         }
-        Record::Device {
-            path,
-            meta,
-            block,
-            major,
-            minor,
-        } => {
+        Record::Device { path, meta, block, major, minor } => {
             buf.extend([6, u8::from(*block)]);
             put_path(&mut buf, path)?;
             put_meta(&mut buf, meta)?;
@@ -161,16 +122,10 @@ pub(super) fn write_record(out: &mut impl Write, record: &Record) -> Result<()> 
 pub(super) fn read_record(input: &mut impl Read) -> Result<Record> {
     let [tag] = take(input)?;
     Ok(match tag {
-        1 => Record::Remove {
-            path: take_path(input)?,
-        },
+        1 => Record::Remove { path: take_path(input)? },
         2 => {
             let clear = take_bool(input)?;
-            Record::Dir {
-                path: take_dir_path(input)?,
-                meta: take_meta(input)?,
-                clear,
-            }
+            Record::Dir { path: take_dir_path(input)?, meta: take_meta(input)?, clear }
         }
         3 => {
             let (path, meta) = (take_path(input)?, take_meta(input)?);
@@ -186,45 +141,22 @@ pub(super) fn read_record(input: &mut impl Read) -> Result<Record> {
             if target.is_empty() || target.contains(&0) {
                 return Err(Error::Malformed("a link leads nowhere"));
             }
-            Record::Symlink {
-                path,
-                meta,
-                target: OsString::from_vec(target).into(),
-            }
+            Record::Symlink { path, meta, target: OsString::from_vec(target).into() }
         }
-        5 => Record::Fifo {
-            path: take_path(input)?,
-            meta: take_meta(input)?,
-        },
+        5 => Record::Fifo { path: take_path(input)?, meta: take_meta(input)? },
         6 => {
             let block = take_bool(input)?;
             let (path, meta) = (take_path(input)?, take_meta(input)?);
-            let (major, minor) = (
-                u32::from_le_bytes(take(input)?),
-                u32::from_le_bytes(take(input)?),
-            );
+            let (major, minor) =
+                (u32::from_le_bytes(take(input)?), u32::from_le_bytes(take(input)?));
             if (block, major, minor) == (false, 0, 0) {
                 return Err(Error::Malformed("a device is a whiteout"));
             }
-            Record::Device {
-                path,
-                meta,
-                block,
-                major,
-                minor,
-            }
+            Record::Device { path, meta, block, major, minor }
         }
-        7 => Record::Link {
-            path: take_path(input)?,
-            to: take_path(input)?,
-        },
-        8 => Record::Times {
-            path: take_dir_path(input)?,
-            mtime: take_time(input)?,
-        },
-        255 => Record::End {
-            count: u64::from_le_bytes(take(input)?),
-        },
+        7 => Record::Link { path: take_path(input)?, to: take_path(input)? },
+        8 => Record::Times { path: take_dir_path(input)?, mtime: take_time(input)? },
+        255 => Record::End { count: u64::from_le_bytes(take(input)?) },
         _ => return Err(Error::Malformed("a record has an unknown tag")),
     })
 }
@@ -235,12 +167,9 @@ pub(super) fn write_extent(out: &mut impl Write, extent: &Extent) -> Result<()> 
         Extent::End => out.write_all(&[0]),
         Extent::Data(len) => {
             let len = u32::try_from(*len).map_err(|_| Error::Malformed("an extent is too long"))?;
-            out.write_all(&[1])
-                .and_then(|()| out.write_all(&len.to_le_bytes()))
+            out.write_all(&[1]).and_then(|()| out.write_all(&len.to_le_bytes()))
         }
-        Extent::Hole(len) => out
-            .write_all(&[2])
-            .and_then(|()| out.write_all(&len.to_le_bytes())),
+        Extent::Hole(len) => out.write_all(&[2]).and_then(|()| out.write_all(&len.to_le_bytes())),
     };
     written.map_err(Error::Stream)
 }
@@ -268,11 +197,7 @@ fn put_bytes(buf: &mut Vec<u8>, bytes: &[u8], limit: usize) -> Result<()> {
     if bytes.len() > limit {
         let source = io::Error::from_raw_os_error(libc::ENAMETOOLONG);
         let path = PathBuf::from(String::from_utf8_lossy(&bytes[..64.min(bytes.len())]).as_ref());
-        return Err(Error::Io {
-            doing: "send",
-            path,
-            source,
-        });
+        return Err(Error::Io { doing: "send", path, source });
     }
     buf.extend(len.to_le_bytes());
     buf.extend(bytes);
@@ -330,10 +255,7 @@ fn take_bytes(input: &mut impl Read, limit: usize) -> Result<Vec<u8>> {
 fn take_dir_path(input: &mut impl Read) -> Result<PathBuf> {
     let bytes = take_bytes(input, MAX_PATH)?;
     let path = PathBuf::from(OsString::from_vec(bytes));
-    let plain: PathBuf = path
-        .components()
-        .filter(|c| matches!(c, Component::Normal(_)))
-        .collect();
+    let plain: PathBuf = path.components().filter(|c| matches!(c, Component::Normal(_))).collect();
     if plain.as_os_str() != path.as_os_str() || path.as_os_str().as_bytes().contains(&0) {
         return Err(Error::Malformed("a path leads out of the layer"));
     }
@@ -352,22 +274,14 @@ fn take_path(input: &mut impl Read) -> Result<PathBuf> {
 fn take_time(input: &mut impl Read) -> Result<Time> {
     let seconds = i64::from_le_bytes(take(input)?);
     match u32::from_le_bytes(take(input)?) {
-        nanoseconds @ 0..1_000_000_000 => Ok(Time {
-            seconds,
-            nanoseconds,
-        }),
-        _ => Err(Error::Malformed(
-            "a time has more than a second of nanoseconds",
-        )),
+        nanoseconds @ 0..1_000_000_000 => Ok(Time { seconds, nanoseconds }),
+        _ => Err(Error::Malformed("a time has more than a second of nanoseconds")),
     }
 }
 
 fn take_meta(input: &mut impl Read) -> Result<Meta> {
     let mode = u32::from_le_bytes(take(input)?);
-    let (uid, gid) = (
-        u32::from_le_bytes(take(input)?),
-        u32::from_le_bytes(take(input)?),
-    );
+    let (uid, gid) = (u32::from_le_bytes(take(input)?), u32::from_le_bytes(take(input)?));
     let mtime = take_time(input)?;
     let count = u32::from_le_bytes(take(input)?) as usize;
     if mode > 0o7777 || uid == u32::MAX || gid == u32::MAX || count > MAX_XATTRS {
@@ -377,19 +291,11 @@ fn take_meta(input: &mut impl Read) -> Result<Meta> {
     for _ in 0..count {
         let name = take_bytes(input, MAX_XATTR_NAME)?;
         if name.is_empty() || name.contains(&0) || super::scan::is_local(&name) {
-            return Err(Error::Malformed(
-                "an attribute is none that is carried over",
-            ));
+            return Err(Error::Malformed("an attribute is none that is carried over"));
         }
         xattrs.push((name, take_bytes(input, MAX_XATTR)?));
     }
-    Ok(Meta {
-        mode,
-        uid,
-        gid,
-        mtime,
-        xattrs,
-    })
+    Ok(Meta { mode, uid, gid, mtime, xattrs })
 }
 
 #[cfg(test)]

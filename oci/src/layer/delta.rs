@@ -72,31 +72,20 @@ pub fn delta(old: &Manifest, new: &Manifest) -> Vec<Change> {
         let group = groups.get(&inode(entry)).filter(|_| entry.is_linked());
         match group.and_then(|g| g.first()) {
             Some(first) if *first != path => {
-                changes.push(Change::Link {
-                    path: path.clone(),
-                    to: (*first).to_owned(),
-                });
+                changes.push(Change::Link { path: path.clone(), to: (*first).to_owned() });
             }
             _ => changes.push(Change::Create {
                 path: path.clone(),
                 entry: entry.clone(),
                 clear: cleared.contains(path.as_path()),
-                links: group
-                    .into_iter()
-                    .flatten()
-                    .skip(1)
-                    .map(|p| (*p).to_owned())
-                    .collect(),
+                links: group.into_iter().flatten().skip(1).map(|p| (*p).to_owned()).collect(),
             }),
         }
     }
     // Deepest first; all work in a directory is done by now.
     for path in touched.into_iter().rev() {
         if let Some(entry) = new.get(path).filter(|e| e.is_dir()) {
-            changes.push(Change::Times {
-                path: path.to_owned(),
-                mtime: entry.meta.mtime,
-            });
+            changes.push(Change::Times { path: path.to_owned(), mtime: entry.meta.mtime });
         }
     }
     changes
@@ -112,11 +101,7 @@ fn mark<'a>(old: &Manifest, new: &'a Manifest) -> (HashSet<&'a Path>, HashSet<&'
         if within.is_some_and(|dir| !path.starts_with(dir)) {
             within = None;
         }
-        let before = if within.is_some() {
-            None
-        } else {
-            old.get(path)
-        };
+        let before = if within.is_some() { None } else { old.get(path) };
         let racy = before.is_some_and(|b| old.is_racy(b));
         let changed = match (&entry.kind, before) {
             (Kind::Whiteout | Kind::Socket, None) => within.is_none(),

@@ -67,12 +67,7 @@ pub fn encode(upper: &Path, changes: &[Change], pass: Pass, out: impl Write) -> 
     for change in changes {
         sender.send(change)?;
     }
-    write_record(
-        &mut sender.out,
-        &Record::End {
-            count: sender.sent.entries,
-        },
-    )?;
+    write_record(&mut sender.out, &Record::End { count: sender.sent.entries })?;
     sender.out.flush().map_err(Error::Stream)?;
     Ok(sender.sent)
 }
@@ -93,37 +88,18 @@ impl<'a, W: Write> Sender<'a, W> {
     fn send(&mut self, change: &'a Change) -> Result<()> {
         let record = match change {
             Change::Remove(path) => Record::Remove { path: path.clone() },
-            Change::Times { path, mtime } => Record::Times {
-                path: path.clone(),
-                mtime: *mtime,
-            },
+            Change::Times { path, mtime } => Record::Times { path: path.clone(), mtime: *mtime },
             Change::Link { path, to } if self.lost.contains(to.as_path()) => {
                 self.sent.unsettled.push(path.clone());
                 return Ok(());
             }
-            Change::Link { path, to } => Record::Link {
-                path: path.clone(),
-                to: to.clone(),
-            },
-            Change::Create {
-                path,
-                entry,
-                clear,
-                links,
-            } => {
+            Change::Link { path, to } => Record::Link { path: path.clone(), to: to.clone() },
+            Change::Create { path, entry, clear, links } => {
                 let (path, meta) = (path.clone(), entry.meta.clone());
                 match &entry.kind {
                     Kind::File => return self.send_file(change, entry, links),
-                    Kind::Dir { .. } => Record::Dir {
-                        path,
-                        meta,
-                        clear: *clear,
-                    },
-                    Kind::Symlink(target) => Record::Symlink {
-                        path,
-                        meta,
-                        target: target.clone(),
-                    },
+                    Kind::Dir { .. } => Record::Dir { path, meta, clear: *clear },
+                    Kind::Symlink(target) => Record::Symlink { path, meta, target: target.clone() },
                     Kind::Fifo => Record::Fifo { path, meta },
                     Kind::Char(major, minor) | Kind::Block(major, minor) => Record::Device {
                         path,
@@ -160,25 +136,14 @@ impl<'a, W: Write> Sender<'a, W> {
                 self.sent.unsettled.extend_from_slice(links);
             }
         }
-        let failed = |e| Error::Io {
-            doing: "read",
-            path: path.clone(),
-            source: e,
-        };
+        let failed = |e| Error::Io { doing: "read", path: path.clone(), source: e };
         let size = file.metadata().map_err(failed)?.len();
         if self.pass == Pass::Frozen && size != entry.size {
             return Err(Error::Changed { path: path.clone() });
         }
         self.sent.entries += 1;
         let (path, meta) = (path.clone(), entry.meta.clone());
-        write_record(
-            &mut self.out,
-            &Record::File {
-                path: path.clone(),
-                meta,
-                size,
-            },
-        )?;
+        write_record(&mut self.out, &Record::File { path: path.clone(), meta, size })?;
         self.send_contents(&path, &file, size)?;
         write_extent(&mut self.out, &Extent::End)
     }
@@ -203,16 +168,12 @@ impl<'a, W: Write> Sender<'a, W> {
                 if got == 0 {
                     // Cut short while we read.
                     if self.pass == Pass::Frozen {
-                        return Err(Error::Changed {
-                            path: path.to_owned(),
-                        });
+                        return Err(Error::Changed { path: path.to_owned() });
                     }
                     return write_extent(&mut self.out, &Extent::Hole(size - at));
                 }
                 write_extent(&mut self.out, &Extent::Data(got))?;
-                self.out
-                    .write_all(&self.buffer[..got])
-                    .map_err(Error::Stream)?;
+                self.out.write_all(&self.buffer[..got]).map_err(Error::Stream)?;
                 at += got as u64;
                 self.sent.bytes += got as u64;
             }

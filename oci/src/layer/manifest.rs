@@ -22,10 +22,7 @@ impl From<SystemTime> for Time {
     /// Times before 1970 count as 1970.
     fn from(time: SystemTime) -> Self {
         let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
-        Self {
-            seconds: since.as_secs().cast_signed(),
-            nanoseconds: since.subsec_nanos(),
-        }
+        Self { seconds: since.as_secs().cast_signed(), nanoseconds: since.subsec_nanos() }
     }
 }
 

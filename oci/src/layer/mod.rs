@@ -100,11 +100,7 @@ pub enum Error {
 
 impl Error {
     pub(crate) fn io(doing: &'static str, path: &Path, source: impl Into<io::Error>) -> Self {
-        Self::Io {
-            doing,
-            path: path.to_owned(),
-            source: source.into(),
-        }
+        Self::Io { doing, path: path.to_owned(), source: source.into() }
     }
 }
 

@@ -55,13 +55,7 @@ impl Root {
         // Not to be held up by a pipe that was put in the file's place.
         let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOFOLLOW;
         self.resolve(path, flags | OFlag::O_NOATIME)
-            .or_else(|e| {
-                if e == Errno::EPERM {
-                    self.resolve(path, flags)
-                } else {
-                    Err(e)
-                }
-            })
+            .or_else(|e| if e == Errno::EPERM { self.resolve(path, flags) } else { Err(e) })
             .map(File::from)
     }
 
@@ -70,14 +64,8 @@ impl Root {
             | ResolveFlag::RESOLVE_NO_SYMLINKS
             | ResolveFlag::RESOLVE_NO_MAGICLINKS
             | ResolveFlag::RESOLVE_NO_XDEV;
-        let how = OpenHow::new()
-            .flags(flags | OFlag::O_CLOEXEC)
-            .resolve(resolve);
-        let path = if path.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            path
-        };
+        let how = OpenHow::new().flags(flags | OFlag::O_CLOEXEC).resolve(resolve);
+        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         loop {
             // EAGAIN: something was renamed meanwhile, so that the kernel cannot tell.
             match openat2(&self.fd, path, how) {

@@ -44,13 +44,7 @@ pub fn rescan(upper: &Path, old: &Manifest) -> Result<Manifest> {
     let root = open(upper, flags, Mode::empty())
         .map_err(|e| Error::io("open the upper directory", upper, e))?;
     let settled = Time::from(began.checked_sub(RACY).unwrap_or(SystemTime::UNIX_EPOCH));
-    let mut scan = Scan {
-        old,
-        new: Manifest {
-            settled,
-            ..Manifest::default()
-        },
-    };
+    let mut scan = Scan { old, new: Manifest { settled, ..Manifest::default() } };
     scan.add(root, PathBuf::new())?;
     Ok(scan.new)
 }
@@ -119,11 +113,7 @@ impl Scan<'_> {
                 xattrs: Vec::new(),
             },
             ctime: time(stat.st_ctime, stat.st_ctime_nsec),
-            size: if format == SFlag::S_IFREG {
-                stat.st_size.cast_unsigned()
-            } else {
-                0
-            },
+            size: if format == SFlag::S_IFREG { stat.st_size.cast_unsigned() } else { 0 },
             ino: stat.st_ino,
             nlink: stat.st_nlink,
         };
@@ -158,12 +148,7 @@ fn read_xattrs(fd: BorrowedFd<'_>, path: &Path, entry: &mut Entry) -> Result<()>
             let value = sys::get_xattr(fd, &name);
             value.map_err(|e| Error::io("read the attributes of", path, e))
         };
-        let by_reference = |option| {
-            Err(Error::ByReference {
-                path: path.to_owned(),
-                option,
-            })
-        };
+        let by_reference = |option| Err(Error::ByReference { path: path.to_owned(), option });
         match name.strip_prefix(OVERLAY) {
             // "x" says that the directory may have whiteouts that are attributes, and is not opaque.
             Some(b"opaque") if entry.is_dir() => {
@@ -190,10 +175,7 @@ fn read_xattrs(fd: BorrowedFd<'_>, path: &Path, entry: &mut Entry) -> Result<()>
 }
 
 fn time(seconds: i64, nanoseconds: i64) -> Time {
-    Time {
-        seconds,
-        nanoseconds: u32::try_from(nanoseconds).unwrap_or(0),
-    }
+    Time { seconds, nanoseconds: u32::try_from(nanoseconds).unwrap_or(0) }
 }
 
 fn number(device: u64) -> u32 {
@@ -201,8 +183,5 @@ fn number(device: u64) -> u32 {
 }
 
 fn is_gone(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP | libc::ESTALE)
-    )
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP | libc::ESTALE))
 }

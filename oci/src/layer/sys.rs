@@ -13,11 +13,7 @@ pub(super) fn list_xattrs(fd: BorrowedFd<'_>) -> io::Result<Vec<Vec<u8>>> {
     let path = magic_link(fd);
     // SAFETY: `path` is a C string, the buffer is as long as is said.
     let names = fill(|at, len| unsafe { libc::listxattr(path.as_ptr(), at.cast(), len) })?;
-    Ok(names
-        .split(|b| *b == 0)
-        .filter(|n| !n.is_empty())
-        .map(<[u8]>::to_vec)
-        .collect())
+    Ok(names.split(|b| *b == 0).filter(|n| !n.is_empty()).map(<[u8]>::to_vec).collect())
 }
 
 /// Value of one extended attribute; `None` when there is none by this name.
@@ -86,9 +82,5 @@ fn fill(mut call: impl FnMut(*mut u8, usize) -> isize) -> io::Result<Vec<u8>> {
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -15,11 +15,7 @@ use overlay::{Hosts, tree};
 /// One pass as a migration does it; gives the manifest that the next pass starts from.
 fn pass(hosts: &Hosts, old: &Manifest, pass: Pass) -> Manifest {
     let mut manifest = rescan(&hosts.source_upper, old).unwrap();
-    assert_eq!(
-        manifest.entries,
-        scan(&hosts.source_upper).unwrap().entries,
-        "rescan is no scan"
-    );
+    assert_eq!(manifest.entries, scan(&hosts.source_upper).unwrap().entries, "rescan is no scan");
     let mut stream = Vec::new();
     let changes = delta(old, &manifest);
     let sent = encode(&hosts.source_upper, &changes, pass, &mut stream).unwrap();
@@ -36,19 +32,13 @@ fn assert_equal(hosts: &Hosts, context: &str) {
     for (path, node) in &source {
         assert_eq!(Some(node), destination.get(path), "{context}: {path:?}");
     }
-    let extra: Vec<_> = destination
-        .keys()
-        .filter(|p| !source.contains_key(*p))
-        .collect();
+    let extra: Vec<_> = destination.keys().filter(|p| !source.contains_key(*p)).collect();
     assert!(extra.is_empty(), "{context}: left behind {extra:?}");
 }
 
 /// Nothing that is older than this counts as racy, so that the delta has to find changes by itself.
 fn settle(manifest: &mut Manifest) {
-    manifest.settled = Time {
-        seconds: i64::MAX,
-        nanoseconds: 0,
-    };
+    manifest.settled = Time { seconds: i64::MAX, nanoseconds: 0 };
 }
 
 #[test]
@@ -65,10 +55,7 @@ fn random_edits_in_several_passes_make_equal_trees() {
             if seed % 2 == 0 {
                 settle(&mut manifest);
             }
-            assert_equal(
-                &hosts,
-                &format!("seed {seed}, round {round}, {:#?}", edits.log()),
-            );
+            assert_equal(&hosts, &format!("seed {seed}, round {round}, {:#?}", edits.log()));
         }
     }
 }
@@ -114,11 +101,7 @@ fn a_write_through_a_mapping_after_the_live_pass_is_seen() {
     let Some(hosts) = Hosts::new() else { return };
     let path = hosts.source.join("mapped");
     fs::write(&path, [1u8; 8192]).unwrap();
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(&path)
-        .unwrap();
+    let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
     let mut mapping = overlay::Mapping::new(&file, 8192);
     // The page is dirty and writable: without the write-back, later writes leave no trace in the inode.
     mapping.write(0, 2);
@@ -177,16 +160,8 @@ fn a_file_that_shrinks_or_grows_while_it_is_sent_comes_right_later() {
         fs::write(hosts.source.join(name), vec![7; 100_000]).unwrap();
     }
     let manifest = scan(&hosts.source_upper).unwrap();
-    File::options()
-        .write(true)
-        .open(hosts.source.join("shrinks"))
-        .unwrap()
-        .set_len(10)
-        .unwrap();
-    let mut grows = File::options()
-        .append(true)
-        .open(hosts.source.join("grows"))
-        .unwrap();
+    File::options().write(true).open(hosts.source.join("shrinks")).unwrap().set_len(10).unwrap();
+    let mut grows = File::options().append(true).open(hosts.source.join("grows")).unwrap();
     grows.write_all(&[8; 5000]).unwrap();
     let changes = delta(&Manifest::default(), &manifest);
     let frozen = encode(&hosts.source_upper, &changes, Pass::Frozen, std::io::sink());
@@ -244,34 +219,14 @@ fn the_stream_cannot_leave_the_root() {
         write_record(&mut stream, &Record::End { count: 1 }).unwrap();
         apply(stream.as_slice(), &hosts.destination)
     };
-    let meta = Meta {
-        mode: 0o777,
-        ..Meta::default()
-    };
+    let meta = Meta { mode: 0o777, ..Meta::default() };
     let victim = || PathBuf::from("way_out/victim");
     for record in [
-        Record::File {
-            path: victim(),
-            meta: meta.clone(),
-            size: 0,
-        },
-        Record::Dir {
-            path: "way_out/new".into(),
-            meta: meta.clone(),
-            clear: false,
-        },
-        Record::Fifo {
-            path: "way_out/fifo".into(),
-            meta: meta.clone(),
-        },
-        Record::Link {
-            path: "stolen".into(),
-            to: victim(),
-        },
-        Record::Times {
-            path: "way_out".into(),
-            mtime: Time::default(),
-        },
+        Record::File { path: victim(), meta: meta.clone(), size: 0 },
+        Record::Dir { path: "way_out/new".into(), meta: meta.clone(), clear: false },
+        Record::Fifo { path: "way_out/fifo".into(), meta: meta.clone() },
+        Record::Link { path: "stolen".into(), to: victim() },
+        Record::Times { path: "way_out".into(), mtime: Time::default() },
     ] {
         let shown = format!("{record:?}");
         assert!(matches!(try_one(record), Err(Error::Io { .. })), "{shown}");
@@ -279,23 +234,10 @@ fn the_stream_cannot_leave_the_root() {
     // Nothing is there to remove below something that is no directory.
     let _ = try_one(Record::Remove { path: victim() });
     // The link itself is replaced, not what it leads to.
-    try_one(Record::File {
-        path: "file_out".into(),
-        meta: meta.clone(),
-        size: 0,
-    })
-    .unwrap();
-    try_one(Record::Dir {
-        path: "way_out".into(),
-        meta,
-        clear: false,
-    })
-    .unwrap();
+    try_one(Record::File { path: "file_out".into(), meta: meta.clone(), size: 0 }).unwrap();
+    try_one(Record::Dir { path: "way_out".into(), meta, clear: false }).unwrap();
     assert_eq!(fs::read(outside.join("victim")).unwrap(), b"safe");
-    assert_eq!(
-        fs::metadata(outside.join("victim")).unwrap().mode() & 0o7777,
-        0o600
-    );
+    assert_eq!(fs::metadata(outside.join("victim")).unwrap().mode() & 0o7777, 0o600);
     assert_eq!(fs::read_dir(&outside).unwrap().count(), 1);
 }
 
@@ -310,10 +252,7 @@ fn a_stream_that_ends_early_is_not_taken_for_complete() {
     let mut random = Random::new(9);
     for _ in 0..50 {
         let cut = random.below(stream.len());
-        assert!(
-            apply(&stream[..cut], &hosts.destination).is_err(),
-            "cut at {cut}"
-        );
+        assert!(apply(&stream[..cut], &hosts.destination).is_err(), "cut at {cut}");
     }
     // What was done in part does not hinder the whole.
     apply(stream.as_slice(), &hosts.destination).unwrap();

@@ -108,11 +108,7 @@ impl Verb for Kill<'_> {
 
     fn args(&self) -> Vec<OsString> {
         let signal = self.signal.to_string();
-        Args::default()
-            .flag(self.all, "--all")
-            .arg(self.id)
-            .arg(signal)
-            .0
+        Args::default().flag(self.all, "--all").arg(self.id).arg(signal).0
     }
 }
 
@@ -299,9 +295,7 @@ fn criu_flags(
         .flag(file_locks, "--file-locks");
     empty_ns
         .iter()
-        .fold(args, |args, namespace| {
-            args.option("--empty-ns", Some(namespace))
-        })
+        .fold(args, |args, namespace| args.option("--empty-ns", Some(namespace)))
         .option("--manage-cgroups-mode", manage_cgroups)
 }
 
@@ -310,11 +304,7 @@ mod tests {
     use super::*;
 
     fn line(verb: &dyn Verb) -> String {
-        let args: Vec<_> = verb
-            .args()
-            .iter()
-            .map(|a| a.to_string_lossy().into_owned())
-            .collect();
+        let args: Vec<_> = verb.args().iter().map(|a| a.to_string_lossy().into_owned()).collect();
         format!("{} {}", verb.name(), args.join(" "))
     }
 
@@ -347,49 +337,16 @@ mod tests {
 
     #[test]
     fn kill_and_delete() {
-        assert_eq!(
-            line(&Kill {
-                id: "a",
-                signal: 15,
-                all: false
-            }),
-            "kill a 15"
-        );
-        assert_eq!(
-            line(&Kill {
-                id: "a",
-                signal: 9,
-                all: true
-            }),
-            "kill --all a 9"
-        );
-        assert_eq!(
-            line(&Delete {
-                id: "a",
-                force: false
-            }),
-            "delete a"
-        );
-        assert_eq!(
-            line(&Delete {
-                id: "a",
-                force: true
-            }),
-            "delete --force a"
-        );
+        assert_eq!(line(&Kill { id: "a", signal: 15, all: false }), "kill a 15");
+        assert_eq!(line(&Kill { id: "a", signal: 9, all: true }), "kill --all a 9");
+        assert_eq!(line(&Delete { id: "a", force: false }), "delete a");
+        assert_eq!(line(&Delete { id: "a", force: true }), "delete --force a");
     }
 
     #[test]
     fn exec_is_detached() {
-        let exec = Exec {
-            id: "a",
-            process: Path::new("/p.json"),
-            pid_file: Path::new("/e.pid"),
-        };
-        assert_eq!(
-            line(&exec),
-            "exec --process /p.json --detach --pid-file /e.pid a"
-        );
+        let exec = Exec { id: "a", process: Path::new("/p.json"), pid_file: Path::new("/e.pid") };
+        assert_eq!(line(&exec), "exec --process /p.json --detach --pid-file /e.pid a");
     }
 
     #[test]

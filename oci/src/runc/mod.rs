@@ -35,11 +35,7 @@ impl Runc {
     pub fn new(binary: &str, root: &str, namespace: &str, systemd_cgroup: bool) -> Self {
         let binary = if binary.is_empty() { "runc" } else { binary };
         let root = if root.is_empty() { DEFAULT_ROOT } else { root };
-        Self {
-            binary: binary.into(),
-            root: Path::new(root).join(namespace),
-            systemd_cgroup,
-        }
+        Self { binary: binary.into(), root: Path::new(root).join(namespace), systemd_cgroup }
     }
 
     /// The command line of `verb`. runc's errors go to `log` as JSON, see [`last_error`].

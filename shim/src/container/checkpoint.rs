@@ -106,9 +106,7 @@ impl Container {
             action_script: None,
             extra: params.extra.clone(),
         };
-        let config = config
-            .write(&params.work)
-            .context("write CRIU's configuration")?;
+        let config = config.write(&params.work).context("write CRIU's configuration")?;
         let options = &params.options;
         let verb = Checkpoint {
             id: &self.id,
@@ -135,19 +133,15 @@ impl Container {
         let reaper = self.runtime.reaper.clone();
         let (sender, receiver) = tokio::sync::oneshot::channel();
         // A thread of its own: it enters the container's network namespace and ends there.
-        let thread = std::thread::Builder::new()
-            .name("netns".into())
-            .spawn(move || {
-                let child = enter_netns(pid).and_then(|()| {
-                    let mut nft = Command::new("nft");
-                    nft.args(["delete", "table", "inet", &format!("CRIU-{run}")]);
-                    nft.stdin(Stdio::null())
-                        .stdout(Stdio::null())
-                        .stderr(Stdio::null());
-                    reaper.spawn(nft)
-                });
-                drop(sender.send(child));
+        let thread = std::thread::Builder::new().name("netns".into()).spawn(move || {
+            let child = enter_netns(pid).and_then(|()| {
+                let mut nft = Command::new("nft");
+                nft.args(["delete", "table", "inet", &format!("CRIU-{run}")]);
+                nft.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+                reaper.spawn(nft)
             });
+            drop(sender.send(child));
+        });
         if let Err(err) = thread {
             return warn!("remove CRIU's network lock: {err}");
         }
@@ -184,11 +178,7 @@ fn dump_options(options: CheckpointOptions) -> DumpOptions {
 pub(super) fn explain(err: Error, what: &str, log: &Path) -> Error {
     match criu::failure(log) {
         Ok(failure) => {
-            warn!(
-                "{what} failed: {err}: end of {}:\n{}",
-                log.display(),
-                failure.tail.join("\n")
-            );
+            warn!("{what} failed: {err}: end of {}:\n{}", log.display(), failure.tail.join("\n"));
             err.context(failure).context(format!("{what} failed"))
         }
         Err(_) => err.context(format!("{what} failed")),
@@ -224,11 +214,7 @@ mod tests {
     fn the_error_names_criu_s_first_error_line() {
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("dump.log");
-        std::fs::write(
-            &log,
-            "(0.1) Error (a.c:1): first\n(0.2) Error (b.c:2): second\n",
-        )
-        .unwrap();
+        std::fs::write(&log, "(0.1) Error (a.c:1): first\n(0.2) Error (b.c:2): second\n").unwrap();
         let err = explain(Error::internal("runc checkpoint: failed"), "dump", &log);
         let text = err.to_string();
         assert!(text.contains("first") && !text.contains("second"), "{text}");

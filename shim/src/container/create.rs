@@ -39,9 +39,7 @@ impl Container {
         request: CreateRequest,
     ) -> Result<Arc<Self>> {
         if request.stdio.terminal {
-            return Err(Error::unimplemented(
-                "a terminal (terminal=true) is not supported",
-            ));
+            return Err(Error::unimplemented("a terminal (terminal=true) is not supported"));
         }
         let shares_pids = shares_pids(&request.bundle)?;
         request.options.write(&request.bundle)?;
@@ -177,9 +175,7 @@ mod tests {
             shares_pids(dir.path()).unwrap()
         };
         assert!(!of(r#"{"linux":{"namespaces":[{"type":"pid"}]}}"#));
-        assert!(of(
-            r#"{"linux":{"namespaces":[{"type":"pid","path":"/proc/1/ns/pid"}]}}"#
-        ));
+        assert!(of(r#"{"linux":{"namespaces":[{"type":"pid","path":"/proc/1/ns/pid"}]}}"#));
         assert!(of(r#"{"linux":{"namespaces":[{"type":"network"}]}}"#));
         assert!(of("{}"));
     }

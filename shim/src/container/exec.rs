@@ -53,11 +53,7 @@ impl Exec {
     /// Status, pid and exit.
     pub(crate) fn snapshot(&self) -> super::Snapshot {
         let inner = self.inner();
-        super::Snapshot {
-            status: inner.status,
-            pid: inner.pid,
-            exit: *self.exited.borrow(),
-        }
+        super::Snapshot { status: inner.status, pid: inner.pid, exit: *self.exited.borrow() }
     }
 
     pub(super) fn is_running(&self) -> bool {
@@ -91,9 +87,7 @@ impl Container {
     /// Adds an exec; ALREADY_EXISTS if the id is taken.
     pub(crate) async fn exec(&self, request: ExecRequest) -> Result<()> {
         if request.stdio.terminal {
-            return Err(Error::unimplemented(
-                "a terminal (terminal=true) is not supported",
-            ));
+            return Err(Error::unimplemented("a terminal (terminal=true) is not supported"));
         }
         // The id becomes part of file names.
         if request.exec_id.is_empty() || request.exec_id.contains('/') {
@@ -107,11 +101,7 @@ impl Container {
             stdio: request.stdio,
             process: request.process,
             op: tokio::sync::Mutex::new(()),
-            inner: Mutex::new(Inner {
-                status: Status::Created,
-                pid: 0,
-                io: None,
-            }),
+            inner: Mutex::new(Inner { status: Status::Created, pid: 0, io: None }),
             exited: watch::Sender::new(None),
         };
         {
@@ -187,11 +177,7 @@ impl Container {
         let owner = (self.options.io_uid, self.options.io_gid);
         let (io, child_io) = ProcessIo::open(&exec.stdio, owner)?;
         exec.inner().io = Some(io);
-        let verb = runc::Exec {
-            id: &self.id,
-            process: &process.0,
-            pid_file: &pid_file.0,
-        };
+        let verb = runc::Exec { id: &self.id, process: &process.0, pid_file: &pid_file.0 };
         let window = self.runtime.reaper.window();
         self.runtime.spawn(&verb, child_io).await?;
         Ok(window.adopt(read_pid(&pid_file.0)?))
@@ -229,9 +215,7 @@ impl Container {
         let _op = exec.op.lock().await;
         let mut snapshot = exec.snapshot();
         if snapshot.status == Status::Running {
-            return Err(Error::failed_precondition(
-                "cannot delete an exec that is running",
-            ));
+            return Err(Error::failed_precondition("cannot delete an exec that is running"));
         }
         exec.drain().await;
         self.inner().execs.remove(id);

@@ -31,11 +31,7 @@ impl Container {
     async fn init_exited(&self, pid: i32, exit: Exit) {
         let _op = self.op.write().await;
         if self.shares_pids {
-            let kill = Kill {
-                id: &self.id,
-                signal: 9,
-                all: true,
-            };
+            let kill = Kill { id: &self.id, signal: 9, all: true };
             if let Err(err) = self.runtime.call(&kill).await {
                 debug!("kill what init has left: {err}");
             }

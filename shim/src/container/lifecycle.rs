@@ -36,11 +36,7 @@ impl Container {
             inner.pid
         };
         let container_id = self.id.clone();
-        self.events.send(TaskStart {
-            container_id,
-            pid,
-            ..Default::default()
-        });
+        self.events.send(TaskStart { container_id, pid, ..Default::default() });
         pid
     }
 
@@ -48,15 +44,7 @@ impl Container {
     pub(crate) async fn kill(&self, signal: u32, all: bool) -> Result<()> {
         let _op = self.op.read().await;
         self.admit(Op::Kill)?;
-        match self
-            .runtime
-            .call(&Kill {
-                id: &self.id,
-                signal,
-                all,
-            })
-            .await
-        {
+        match self.runtime.call(&Kill { id: &self.id, signal, all }).await {
             Ok(_) => Ok(()),
             // runc finds init dead before its exit has been reported here.
             Err(_) if !self.is_alive() => Err(Error::not_found("process already finished")),
@@ -70,11 +58,7 @@ impl Container {
     pub(crate) async fn kill_all(&self) -> Result<()> {
         let _op = self.op.read().await;
         admit(self.snapshot().status, Op::Kill)?;
-        let kill = Kill {
-            id: &self.id,
-            signal: SIGKILL,
-            all: true,
-        };
+        let kill = Kill { id: &self.id, signal: SIGKILL, all: true };
         match self.runtime.call(&kill).await {
             Err(err) if self.is_alive() => Err(err),
             _ => Ok(()),
@@ -97,10 +81,7 @@ impl Container {
         }
         self.set_status(Status::Paused);
         let container_id = self.id.clone();
-        self.events.send(TaskPaused {
-            container_id,
-            ..Default::default()
-        });
+        self.events.send(TaskPaused { container_id, ..Default::default() });
         Ok(())
     }
 
@@ -111,10 +92,7 @@ impl Container {
         self.runtime.call(&Resume { id: &self.id }).await?;
         self.set_status(Status::Running);
         let container_id = self.id.clone();
-        self.events.send(TaskResumed {
-            container_id,
-            ..Default::default()
-        });
+        self.events.send(TaskResumed { container_id, ..Default::default() });
         Ok(())
     }
 
@@ -133,11 +111,7 @@ impl Container {
         let (io, child_io, execs) = {
             let mut inner = self.inner();
             inner.status = Status::Deleted;
-            (
-                inner.io.take(),
-                inner.child_io.take(),
-                std::mem::take(&mut inner.execs),
-            )
+            (inner.io.take(), inner.child_io.take(), std::mem::take(&mut inner.execs))
         };
         drop((io, child_io, execs));
         mounts::umount_async(self.rootfs()).await?;
@@ -169,10 +143,7 @@ impl Container {
 
 fn is_zombie(pid: i32) -> bool {
     match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
-        Ok(stat) => stat
-            .rsplit(')')
-            .next()
-            .is_some_and(|rest| rest.trim_start().starts_with('Z')),
+        Ok(stat) => stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z')),
         Err(err) => {
             warn!("read the state of {pid}: {err}");
             true

@@ -111,11 +111,7 @@ impl Container {
     /// Status, pid and exit.
     pub(crate) fn snapshot(&self) -> Snapshot {
         let inner = self.inner();
-        Snapshot {
-            status: inner.status,
-            pid: inner.pid,
-            exit: *self.exited.borrow(),
-        }
+        Snapshot { status: inner.status, pid: inner.pid, exit: *self.exited.borrow() }
     }
 
     /// The images a task that is not restored yet was created from.
@@ -160,9 +156,7 @@ impl Container {
     pub(crate) fn reserve(self: &Arc<Self>, reason: &str) -> Result<Reservation> {
         let mut inner = self.inner();
         if let Some(reason) = &inner.reserved {
-            return Err(Error::failed_precondition(format!(
-                "the container {reason}"
-            )));
+            return Err(Error::failed_precondition(format!("the container {reason}")));
         }
         inner.reserved = Some(reason.to_string());
         Ok(Reservation(self.clone()))
@@ -176,9 +170,9 @@ impl Container {
     fn admit(&self, op: Op) -> Result<()> {
         let inner = self.inner();
         match &inner.reserved {
-            Some(reason) => Err(Error::failed_precondition(format!(
-                "cannot {op}: the container {reason}"
-            ))),
+            Some(reason) => {
+                Err(Error::failed_precondition(format!("cannot {op}: the container {reason}")))
+            }
             None => admit(inner.status, op),
         }
     }
@@ -219,9 +213,6 @@ fn read_pid(path: &Path) -> Result<i32> {
         .map_err(|err| Error::internal(format!("read {}: {err}", path.display())))?;
     match text.trim().parse() {
         Ok(pid) if pid > 0 => Ok(pid),
-        _ => Err(Error::internal(format!(
-            "{} holds {text:?} instead of a pid",
-            path.display()
-        ))),
+        _ => Err(Error::internal(format!("{} holds {text:?} instead of a pid", path.display()))),
     }
 }

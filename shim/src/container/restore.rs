@@ -71,12 +71,8 @@ impl Container {
     pub(super) async fn restore_checkpoint(self: &Arc<Self>) -> Result<u32> {
         let images = self.checkpoint_path();
         let images = images.ok_or_else(|| Error::failed_precondition("no checkpoint"))?;
-        let params = RestoreParams {
-            images,
-            work: self.work_dir(),
-            extra: Vec::new(),
-            deadline: DEADLINE,
-        };
+        let params =
+            RestoreParams { images, work: self.work_dir(), extra: Vec::new(), deadline: DEADLINE };
         self.restore(params).await
     }
 
@@ -121,16 +117,8 @@ impl Container {
                     inner.status = Status::Held;
                     inner.pid = pid as u32;
                 }
-                let undecided = Some(Undecided {
-                    hold,
-                    attempt,
-                    init,
-                });
-                Ok(Held {
-                    container: self.clone(),
-                    pid: pid as u32,
-                    undecided,
-                })
+                let undecided = Some(Undecided { hold, attempt, init });
+                Ok(Held { container: self.clone(), pid: pid as u32, undecided })
             }
             Err(err) => {
                 // Its end lets a script that waits go.
@@ -157,9 +145,7 @@ impl Container {
             // CRIU takes the lock's kind from the images.
             ..Default::default()
         };
-        let config = config
-            .write(&params.work)
-            .context("write CRIU's configuration")?;
+        let config = config.write(&params.work).context("write CRIU's configuration")?;
         let pid_file = self.init_pid_file();
         let verb = Restore {
             id: &self.id,
@@ -179,11 +165,7 @@ impl Container {
         let stdio = stdio.ok_or_else(|| Error::failed_precondition("restored once already"))?;
         let window = self.runtime.reaper.window();
         let runc = self.runtime.start(&verb, stdio, &[(CONFIG_ENV, &config)])?;
-        Ok(Attempt {
-            runc,
-            window,
-            log: params.work.join("restore.log"),
-        })
+        Ok(Attempt { runc, window, log: params.work.join("restore.log") })
     }
 
     /// The restored task runs: it is watched, and its start is published. Holds `op`.
@@ -212,10 +194,7 @@ impl Container {
 
 /// Waits until the restore is held; fails when runc ends before, or after `deadline`.
 async fn until_held(hold: &mut Hold, attempt: &mut Attempt, deadline: Duration) -> Result<i32> {
-    let fifo = hold
-        .held_fd()
-        .try_clone_to_owned()
-        .context("watch the hold")?;
+    let fifo = hold.held_fd().try_clone_to_owned().context("watch the hold")?;
     let mut fifo = pipe::Receiver::from_owned_fd(fifo).context("watch the hold")?;
     let held = async {
         let mut chunk = [0; 64];
@@ -236,11 +215,7 @@ async fn until_held(hold: &mut Hold, attempt: &mut Attempt, deadline: Duration) 
     });
     match outcome.await {
         Ok(Ok(pid)) => pid,
-        Ok(Err(exit)) => Err(explain(
-            attempt.runc.failure(exit.status),
-            "restore",
-            &attempt.log,
-        )),
+        Ok(Err(exit)) => Err(explain(attempt.runc.failure(exit.status), "restore", &attempt.log)),
         Err(_) => {
             attempt.runc.child.kill_group();
             let err = Error::deadline_exceeded(format!("not held after {deadline:?}"));
@@ -289,21 +264,14 @@ impl Drop for Held {
         if let Some(undecided) = self.undecided.take()
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
-            warn!(
-                "the held restore of {} was dropped: aborting it",
-                self.container.id
-            );
+            warn!("the held restore of {} was dropped: aborting it", self.container.id);
             runtime.spawn(abort(self.container.clone(), undecided));
         }
     }
 }
 
 async fn release(container: Arc<Container>, undecided: Undecided) -> Result<u32> {
-    let Undecided {
-        mut hold,
-        mut attempt,
-        init,
-    } = undecided;
+    let Undecided { mut hold, mut attempt, init } = undecided;
     let _op = container.op.write().await;
     admit(container.snapshot().status, Op::Release)?;
     let released = hold.go().context("release the restore");
@@ -312,11 +280,7 @@ async fn release(container: Arc<Container>, undecided: Undecided) -> Result<u32>
             let exit = attempt.runc.child.wait().await;
             match exit.status {
                 0 => Ok(()),
-                status => Err(explain(
-                    attempt.runc.failure(status),
-                    "restore",
-                    &attempt.log,
-                )),
+                status => Err(explain(attempt.runc.failure(status), "restore", &attempt.log)),
             }
         }
         Err(err) => Err(err),
@@ -332,11 +296,7 @@ async fn release(container: Arc<Container>, undecided: Undecided) -> Result<u32>
 }
 
 async fn abort(container: Arc<Container>, undecided: Undecided) {
-    let Undecided {
-        mut hold,
-        mut attempt,
-        init,
-    } = undecided;
+    let Undecided { mut hold, mut attempt, init } = undecided;
     let _op = container.op.write().await;
     if let Err(err) = admit(container.snapshot().status, Op::Abort) {
         return warn!("abort the restore of {}: {err}", container.id);

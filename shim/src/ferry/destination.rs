@@ -51,8 +51,7 @@ impl Move {
     ) -> Result<RestoreResponse> {
         let start = Instant::now();
         let work = container.bundle().join("ferry-restore");
-        let params =
-            RestoreParams { images, work, extra: Vec::new(), deadline: RESTORE };
+        let params = RestoreParams { images, work, extra: Vec::new(), deadline: RESTORE };
         let hold = HoldParams {
             namespaces: has_private_network(container.bundle())?.then(|| LOOPBACK_UP.to_owned()),
         };

@@ -136,8 +136,7 @@ impl Ferry for FerryService {
             let mut side = a_move.side.lock().await;
             a_move.admit(Step::Commit, &request.migration)?;
             let (id, namespace) = (container.id(), container.namespace());
-            let mut record =
-                Record::new(&request.migration, id, namespace, Decision::Committed);
+            let mut record = Record::new(&request.migration, id, namespace, Decision::Committed);
             record.destination = request.destination;
             record.ip = request.ip;
             record.device = request.device;

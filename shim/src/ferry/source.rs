@@ -255,8 +255,7 @@ fn at_source(side: &mut Side) -> Result<&mut AtSource> {
 
 fn addresses(texts: &[String]) -> Result<Vec<Ipv4Addr>> {
     let parse = |text: &String| {
-        text.parse()
-            .map_err(|_| Error::invalid_argument(format!("{text:?} is no IPv4 address")))
+        text.parse().map_err(|_| Error::invalid_argument(format!("{text:?} is no IPv4 address")))
     };
     texts.iter().map(parse).collect()
 }

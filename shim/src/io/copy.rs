@@ -107,9 +107,7 @@ impl Progress {
         // The order matters: what has left the pipe was marked busy before.
         let mut fds = [PollFd::new(self.0.pipe.as_fd(), PollFlags::POLLIN)];
         let readable = match poll(&mut fds, PollTimeout::ZERO) {
-            Ok(_) => fds[0]
-                .revents()
-                .is_some_and(|events| events.contains(PollFlags::POLLIN)),
+            Ok(_) => fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLIN)),
             Err(_) => false,
         };
         !readable && !self.0.busy.load(Ordering::SeqCst)
@@ -218,16 +216,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("fifo");
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let fifo = pipe::OpenOptions::new()
-            .read_write(true)
-            .open_sender(&path)
-            .unwrap();
+        let fifo = pipe::OpenOptions::new().read_write(true).open_sender(&path).unwrap();
         let (read, mut write) = pipe_with_writer();
         let copy = Copy::start(read, Sink::fifo(fifo)).unwrap();
         let writer = std::thread::spawn(move || write.write_all(&[b'x'; 150_000]).is_ok());
-        tokio::time::timeout(Duration::from_secs(5), copy.progress().drained(STALL))
-            .await
-            .unwrap();
+        tokio::time::timeout(Duration::from_secs(5), copy.progress().drained(STALL)).await.unwrap();
         // A reader that comes late gets everything, and the end.
         let mut reader = File::open(&path).unwrap();
         let bytes = tokio::task::spawn_blocking(move || {
@@ -242,10 +235,7 @@ mod tests {
     #[tokio::test]
     async fn a_sink_that_fails_does_not_stop_the_writer() {
         let (read, mut write) = pipe_with_writer();
-        let full = std::fs::OpenOptions::new()
-            .write(true)
-            .open("/dev/full")
-            .unwrap();
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
         let copy = Copy::start(read, Sink::file(full)).unwrap();
         let writer = std::thread::spawn(move || write.write_all(&[b'x'; 300_000]).is_ok());
         tokio::time::timeout(Duration::from_secs(5), async {

@@ -50,10 +50,7 @@ pub(crate) struct ChildStdio {
 impl ChildStdio {
     /// Gives them to `command`. The shim's copies close with it.
     pub(crate) fn attach(self, command: &mut Command) {
-        command
-            .stdin(self.stdin)
-            .stdout(self.stdout)
-            .stderr(self.stderr);
+        command.stdin(self.stdin).stdout(self.stdout).stderr(self.stderr);
     }
 }
 
@@ -70,9 +67,7 @@ impl ProcessIo {
     /// pipes through /proc. Waits for no client.
     pub(crate) fn open(stdio: &Stdio, owner: (u32, u32)) -> Result<(Self, ChildStdio)> {
         if stdio.terminal {
-            return Err(Error::unimplemented(
-                "a terminal (terminal=true) is not supported",
-            ));
+            return Err(Error::unimplemented("a terminal (terminal=true) is not supported"));
         }
         let mut outputs = Vec::new();
         let stdout = output(&stdio.stdout, owner, &mut outputs).map_err(|e| e.context("stdout"))?;
@@ -83,29 +78,14 @@ impl ProcessIo {
                 let (read, write) = make_pipe(owner)?;
                 let write = pipe::Sender::from_owned_fd(write).context("use a pipe")?;
                 let (from, keep) = open_stdin(&path).map_err(|e| e.context("stdin"))?;
-                (
-                    read,
-                    Some(keep),
-                    Some(tokio::spawn(copy::input(from, write))),
-                )
+                (read, Some(keep), Some(tokio::spawn(copy::input(from, write))))
             }
             Target::File(_) => {
                 return Err(Error::invalid_argument("stdin cannot be a file:// URI"));
             }
         };
-        let io = Self {
-            outputs,
-            input,
-            stdin_open,
-        };
-        Ok((
-            io,
-            ChildStdio {
-                stdin,
-                stdout,
-                stderr,
-            },
-        ))
+        let io = Self { outputs, input, stdin_open };
+        Ok((io, ChildStdio { stdin, stdout, stderr }))
     }
 
     /// Lets stdin end as soon as its client has closed it too.
@@ -175,9 +155,7 @@ fn append(path: &Path, create: bool) -> Result<File> {
 /// The FIFO for reading, and once more for writing so that it has no end yet.
 fn open_stdin(path: &PathBuf) -> Result<(pipe::Receiver, pipe::Sender)> {
     let what = || format!("open {}", path.display());
-    let from = pipe::OpenOptions::new()
-        .open_receiver(path)
-        .context(what())?;
+    let from = pipe::OpenOptions::new().open_receiver(path).context(what())?;
     let keep = pipe::OpenOptions::new().open_sender(path).context(what())?;
     Ok((from, keep))
 }

@@ -26,16 +26,12 @@ pub(super) fn parse(name: &str) -> Result<Target> {
     };
     let path = decode(rest.split(['?', '#']).next().unwrap_or(rest));
     if path.is_relative() {
-        return Err(Error::invalid_argument(format!(
-            "the path in {name:?} is not absolute"
-        )));
+        return Err(Error::invalid_argument(format!("the path in {name:?} is not absolute")));
     }
     match scheme {
         "fifo" => Ok(Target::Path(path)),
         "file" => Ok(Target::File(path)),
-        _ => Err(Error::unimplemented(format!(
-            "streams of scheme {scheme}:// are not supported"
-        ))),
+        _ => Err(Error::unimplemented(format!("streams of scheme {scheme}:// are not supported"))),
     }
 }
 
@@ -67,14 +63,8 @@ mod tests {
     fn names_are_told_apart() {
         assert_eq!(parse("").unwrap(), Target::Null);
         assert_eq!(parse("/run/f").unwrap(), Target::Path("/run/f".into()));
-        assert_eq!(
-            parse("fifo:///run/f").unwrap(),
-            Target::Path("/run/f".into())
-        );
-        assert_eq!(
-            parse("file:///a%20b?x=1").unwrap(),
-            Target::File("/a b".into())
-        );
+        assert_eq!(parse("fifo:///run/f").unwrap(), Target::Path("/run/f".into()));
+        assert_eq!(parse("file:///a%20b?x=1").unwrap(), Target::File("/a b".into()));
         assert_eq!(parse("file:///a%2").unwrap(), Target::File("/a%2".into()));
     }
 
@@ -83,9 +73,6 @@ mod tests {
         let err = parse("binary:///usr/bin/logger").unwrap_err();
         assert_eq!(err.code(), Code::UNIMPLEMENTED);
         assert!(err.to_string().contains("binary://"), "{err}");
-        assert_eq!(
-            parse("file://a/b").unwrap_err().code(),
-            Code::INVALID_ARGUMENT
-        );
+        assert_eq!(parse("file://a/b").unwrap_err().code(), Code::INVALID_ARGUMENT);
     }
 }

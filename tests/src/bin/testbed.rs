@@ -1,6 +1,6 @@
 //! `testbed`: makes, shows, enters and removes a lab that stays. Called by `hack/testbed`.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::os::unix::process::CommandExt;
 use std::process::ExitCode;
 
@@ -8,6 +8,13 @@ use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 use ferry_tests::{Lab, cache, images, network, sweep};
 use nix::fcntl::FlockArg;
+
+/// Prints a line. That nobody reads on, as in `testbed status | head -n1`, is no error.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        let _ = writeln!(std::io::stdout(), $($text)*);
+    }};
+}
 
 #[derive(Parser)]
 #[command(about = "Test hosts on this machine")]
@@ -80,7 +87,7 @@ fn up(id: &str, hosts: Option<u8>) -> Result<()> {
         }
     };
     for program in lab.install_ferry()? {
-        println!("installed on every host: {}", program.display());
+        say!("installed on every host: {}", program.display());
     }
     show(&lab);
     Ok(())
@@ -96,17 +103,17 @@ fn down(id: &str) -> Result<()> {
 fn status(id: &str) -> Result<()> {
     match Lab::attach(id)? {
         Some(lab) => show(&lab),
-        None => println!("no hosts run"),
+        None => say!("no hosts run"),
     }
     for other in sweep::labs()?.into_iter().filter(|other| other != id) {
-        println!("another lab is there: {other}");
+        say!("another lab is there: {other}");
     }
     Ok(())
 }
 
 fn hold(hosts: u8) -> Result<()> {
     let lab = Lab::start(hosts)?;
-    println!("{}", lab.id());
+    say!("{}", lab.id());
     show(&lab);
     std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
     Ok(())
@@ -115,21 +122,14 @@ fn hold(hosts: u8) -> Result<()> {
 fn show(lab: &Lab) {
     let client = lab.find("client");
     for host in lab.hosts().iter().chain(client) {
-        println!("{:<8}{:<16}pid {}", host.name(), host.address(), host.pid());
+        say!("{:<8}{:<16}pid {}", host.name(), host.address(), host.pid());
     }
-    println!(
-        "floating address for containers: {}/24",
-        network::address(100)
-    );
+    say!("floating address for containers: {}/24", network::address(100));
 }
 
 fn shell(id: &str, host: &str, command: &[String]) -> Result<()> {
-    let Some(lab) = Lab::attach(id)? else {
-        bail!("no hosts run; start them with `up`")
-    };
-    let Some(host) = lab.find(host) else {
-        bail!("there is no host {host} in this lab")
-    };
+    let Some(lab) = Lab::attach(id)? else { bail!("no hosts run; start them with `up`") };
+    let Some(host) = lab.find(host) else { bail!("there is no host {host} in this lab") };
     let mut words: Vec<_> = command.iter().map(String::as_str).collect();
     if words.is_empty() {
         words = vec!["/bin/bash", "-i"];

@@ -36,11 +36,7 @@ pub(super) struct Edits {
 
 impl Edits {
     pub(super) fn new(root: PathBuf, seed: u64) -> Self {
-        Self {
-            root,
-            random: Random::new(seed),
-            log: Vec::new(),
-        }
+        Self { root, random: Random::new(seed), log: Vec::new() }
     }
 
     /// What was tried, in order.
@@ -98,11 +94,7 @@ impl Edits {
                     .args([a, b])
                     .stderr(std::process::Stdio::null())
                     .status()?;
-                if status.success() {
-                    Ok(())
-                } else {
-                    Err(std::io::ErrorKind::Other.into())
-                }
+                if status.success() { Ok(()) } else { Err(std::io::ErrorKind::Other.into()) }
             }
             12 | 13 => fs::hard_link(a, b),
             14 => symlink(format!("target{n}"), a).and_then(|()| lchown(a, Some(7), None)),
@@ -118,12 +110,7 @@ impl Edits {
                 let kinds = [SFlag::S_IFIFO, SFlag::S_IFCHR, SFlag::S_IFBLK];
                 // Numbers that are free for experiments: no driver answers.
                 let device = makedev(240, n as u64 % 200);
-                Ok(mknod(
-                    a,
-                    kinds[n % 3],
-                    Mode::from_bits_truncate(0o640),
-                    device,
-                )?)
+                Ok(mknod(a, kinds[n % 3], Mode::from_bits_truncate(0o640), device)?)
             }
             _ if n.is_multiple_of(4) => {
                 // An access list that new files inherit: version 2, then the entries of rwxr-x--- and uid 9.

@@ -34,10 +34,7 @@ impl Hosts {
             let thread = std::thread::current();
             let name = thread.name().unwrap_or("a test");
             // Not eprintln: the test runner would keep that to itself.
-            let _ = writeln!(
-                std::io::stderr(),
-                "\nskipped: {name}: only root can mount overlays"
-            );
+            let _ = writeln!(std::io::stderr(), "\nskipped: {name}: only root can mount overlays");
             return None;
         }
         let none: Option<&str> = None;
@@ -60,24 +57,13 @@ impl Hosts {
                 upper.display(),
                 work.display()
             );
-            mount(
-                Some("overlay"),
-                &merged,
-                Some("overlay"),
-                MsFlags::empty(),
-                Some(data.as_str()),
-            )
-            .unwrap();
+            mount(Some("overlay"), &merged, Some("overlay"), MsFlags::empty(), Some(data.as_str()))
+                .unwrap();
             roots.push((merged, upper));
         }
         let (destination, _) = roots.pop()?;
         let (source, source_upper) = roots.pop()?;
-        Some(Self {
-            source,
-            source_upper,
-            destination,
-            _dir: dir,
-        })
+        Some(Self { source, source_upper, destination, _dir: dir })
     }
 }
 
@@ -134,10 +120,7 @@ pub(super) fn tree(root: &Path) -> BTreeMap<PathBuf, Node> {
         if kind.is_dir() {
             open.extend(fs::read_dir(&path).unwrap().map(|e| e.unwrap().path()));
         } else if kind.is_symlink() {
-            contents = fs::read_link(&path)
-                .unwrap()
-                .into_os_string()
-                .into_encoded_bytes();
+            contents = fs::read_link(&path).unwrap().into_os_string().into_encoded_bytes();
         } else if kind.is_file() {
             contents = fs::read(&path).unwrap();
         }
@@ -175,10 +158,7 @@ fn xattrs(path: &Path) -> Vec<(Vec<u8>, Vec<u8>)> {
     let mut names = sys::list_xattrs(fd.as_fd()).unwrap();
     names.sort();
     let value = |name: &Vec<u8>| sys::get_xattr(fd.as_fd(), name).unwrap().unwrap();
-    names
-        .iter()
-        .map(|name| (name.clone(), value(name)))
-        .collect()
+    names.iter().map(|name| (name.clone(), value(name))).collect()
 }
 
 /// A shared, writable mapping of a file.

@@ -55,13 +55,7 @@ pub(crate) fn run<C: Connection>(
             });
         }
     });
-    println!(
-        "{}",
-        report
-            .into_inner()
-            .unwrap_or_else(|e| e.into_inner())
-            .json()
-    );
+    println!("{}", report.into_inner().unwrap_or_else(|e| e.into_inner()).json());
     Ok(())
 }
 
@@ -83,9 +77,7 @@ fn drive(n: u32, connection: io::Result<impl Connection>, options: &Options) -> 
         report.longest_gap = report.longest_gap.max(start.elapsed());
         if let Err(e) = answer {
             let after = start.elapsed().as_millis();
-            report.errors.push(format!(
-                "connection {n}: request {number}: {e} (after {after} ms)"
-            ));
+            report.errors.push(format!("connection {n}: request {number}: {e} (after {after} ms)"));
             break;
         }
         report.requests = number;
@@ -103,10 +95,7 @@ pub(crate) fn fill(stream: &mut impl Read, buffer: &mut [u8]) -> io::Result<()> 
     while done < buffer.len() {
         match stream.read(&mut buffer[done..]) {
             Ok(0) => {
-                return Err(io::Error::new(
-                    io::ErrorKind::UnexpectedEof,
-                    "server hung up",
-                ));
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "server hung up"));
             }
             Ok(n) => done += n,
             Err(e) if is_patient(&e) => {}
@@ -126,10 +115,8 @@ pub(crate) fn is_patient(error: &io::Error) -> bool {
 }
 
 fn waits(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
-    ) && error.raw_os_error() != Some(ETIMEDOUT)
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
+        && error.raw_os_error() != Some(ETIMEDOUT)
 }
 
 /// What a connection says that was given up: an error, not a wait.

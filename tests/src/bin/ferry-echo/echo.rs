@@ -23,13 +23,7 @@ pub(crate) fn connect(address: &str, number: u32, options: &Options) -> io::Resu
         stream.set_read_timeout(Some(LOOK))?;
         Wire::Tcp(stream)
     };
-    Ok(Echo {
-        wire,
-        number,
-        size: options.size,
-        sent: Seen::default(),
-        resent: 0,
-    })
+    Ok(Echo { wire, number, size: options.size, sent: Seen::default(), resent: 0 })
 }
 
 enum Wire {
@@ -57,22 +51,15 @@ impl Connection for Echo {
         };
         let (got, wanted) = (answer.sequence, request.sequence);
         if got != wanted {
-            return Err(wrong(&format!(
-                "answer to request {got} instead of {wanted}"
-            )));
+            return Err(wrong(&format!("answer to request {got} instead of {wanted}")));
         }
         if answer.payload != request.payload {
             return Err(wrong("the answer's payload is another"));
         }
-        let seen = Seen {
-            count: answer.count,
-            digest: answer.digest,
-        };
+        let seen = Seen { count: answer.count, digest: answer.digest };
         if seen != self.sent {
             let sent = self.sent;
-            return Err(wrong(&format!(
-                "the server remembers {seen:x?}, it was sent {sent:x?}"
-            )));
+            return Err(wrong(&format!("the server remembers {seen:x?}, it was sent {sent:x?}")));
         }
         Ok(())
     }

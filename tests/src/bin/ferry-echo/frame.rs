@@ -29,10 +29,7 @@ pub(crate) struct Header {
 impl Frame {
     /// Request number `sequence`: its payload follows from the numbers.
     pub(crate) fn request(connection: u32, sequence: u64, size: usize) -> Self {
-        let mut state = hash(
-            hash(START, &connection.to_le_bytes()),
-            &sequence.to_le_bytes(),
-        );
+        let mut state = hash(hash(START, &connection.to_le_bytes()), &sequence.to_le_bytes());
         let length = 1 + (state >> 8) as usize % size;
         let payload = (0..length)
             .map(|_| {
@@ -42,12 +39,7 @@ impl Frame {
                 state as u8
             })
             .collect();
-        Self {
-            sequence,
-            count: 0,
-            digest: 0,
-            payload,
-        }
+        Self { sequence, count: 0, digest: 0, payload }
     }
 
     pub(crate) fn encode(&self) -> Vec<u8> {
@@ -100,18 +92,8 @@ impl Header {
         if hash(hash(START, &bytes[..HEADER - 8]), &payload) != self.checksum {
             return Err(wrong("a message has a wrong checksum"));
         }
-        let Self {
-            sequence,
-            count,
-            digest,
-            ..
-        } = self;
-        Ok(Frame {
-            sequence,
-            count,
-            digest,
-            payload,
-        })
+        let Self { sequence, count, digest, .. } = self;
+        Ok(Frame { sequence, count, digest, payload })
     }
 }
 
@@ -125,10 +107,7 @@ pub(crate) struct Seen {
 impl Seen {
     pub(crate) fn add(&mut self, frame: &Frame) {
         self.count += 1;
-        self.digest = hash(
-            hash(self.digest, &frame.sequence.to_le_bytes()),
-            &frame.payload,
-        );
+        self.digest = hash(hash(self.digest, &frame.sequence.to_le_bytes()), &frame.payload);
     }
 }
 
@@ -136,9 +115,9 @@ const START: u64 = 0xcbf2_9ce4_8422_2325;
 
 /// FNV-1a, continued from `state`.
 fn hash(state: u64, bytes: &[u8]) -> u64 {
-    bytes.iter().fold(state, |state, byte| {
-        (state ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    })
+    bytes
+        .iter()
+        .fold(state, |state, byte| (state ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// An error that says what is wrong with a message.

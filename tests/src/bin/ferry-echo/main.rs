@@ -74,9 +74,7 @@ impl Options {
                 options.udp = true;
                 continue;
             }
-            let value = *words
-                .next()
-                .ok_or_else(|| format!("{word} needs a value"))?;
+            let value = *words.next().ok_or_else(|| format!("{word} needs a value"))?;
             match *word {
                 "--bind" => options.bind = value.into(),
                 "--port" => options.port = number(word, value)?,
@@ -92,9 +90,7 @@ impl Options {
 }
 
 fn number<T: std::str::FromStr>(word: &str, value: &str) -> Result<T, String> {
-    value
-        .parse()
-        .map_err(|_| format!("{word} needs a number, not {value}"))
+    value.parse().map_err(|_| format!("{word} needs a number, not {value}"))
 }
 
 #[cfg(test)]
@@ -104,10 +100,7 @@ mod tests {
     #[test]
     fn options_are_read_and_unknown_ones_refused() {
         let options = Options::parse(&["--connections", "50", "--udp", "--seconds", "3"]).unwrap();
-        assert_eq!(
-            (options.connections, options.udp, options.seconds),
-            (50, true, Some(3))
-        );
+        assert_eq!((options.connections, options.udp, options.seconds), (50, true, Some(3)));
         assert!(Options::parse(&["--port"]).is_err());
         assert!(Options::parse(&["--port", "x"]).is_err());
         assert!(Options::parse(&["--reconnect", "1"]).is_err());

@@ -11,14 +11,8 @@ pub(crate) fn connect(address: &str, number: u32) -> io::Result<Redis> {
     let stream = TcpStream::connect(address)?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(LOOK))?;
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    let key = format!(
-        "ferry-echo:{}:{}:{number}",
-        std::process::id(),
-        now.as_micros()
-    );
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let key = format!("ferry-echo:{}:{}:{number}", std::process::id(), now.as_micros());
     Ok(Redis { stream, key })
 }
 
@@ -45,9 +39,7 @@ impl Connection for Redis {
     }
 
     fn local(&self) -> String {
-        self.stream
-            .local_addr()
-            .map_or_else(|e| e.to_string(), |address| address.to_string())
+        self.stream.local_addr().map_or_else(|e| e.to_string(), |address| address.to_string())
     }
 }
 

@@ -15,10 +15,7 @@ pub(crate) struct Report {
 
 impl Report {
     pub(crate) fn new(connections: u32) -> Self {
-        Self {
-            connections,
-            ..Self::default()
-        }
+        Self { connections, ..Self::default() }
     }
 
     pub(crate) fn add(&mut self, other: Self) {
@@ -69,9 +66,7 @@ mod tests {
     #[test]
     fn a_report_is_json_whatever_the_errors_say() {
         let mut report = Report::new(2);
-        report
-            .errors
-            .push("a \"quoted\" \\ line\nand another".into());
+        report.errors.push("a \"quoted\" \\ line\nand another".into());
         report.longest_gap = Duration::from_micros(1500);
         assert_eq!(
             report.json(),

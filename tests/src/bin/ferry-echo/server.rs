@@ -52,10 +52,7 @@ fn serve(mut stream: TcpStream) -> io::Result<()> {
         stream.read_exact(&mut payload)?;
         let frame = parsed.with(&header, payload)?;
         if frame.sequence != seen.count + 1 {
-            return Err(wrong(&format!(
-                "message {} after {}",
-                frame.sequence, seen.count
-            )));
+            return Err(wrong(&format!("message {} after {}", frame.sequence, seen.count)));
         }
         seen.add(&frame);
         stream.write_all(&answer(frame, seen))?;
@@ -80,10 +77,5 @@ fn serve_datagram(socket: &UdpSocket, peers: &mut HashMap<SocketAddr, Seen>) -> 
 }
 
 fn answer(request: Frame, seen: Seen) -> Vec<u8> {
-    Frame {
-        count: seen.count,
-        digest: seen.digest,
-        ..request
-    }
-    .encode()
+    Frame { count: seen.count, digest: seen.digest, ..request }.encode()
 }

@@ -33,10 +33,7 @@ pub(crate) fn request() {
 }
 
 /// Ends at SIGTERM and SIGINT. Process 1 of a container gets neither without this.
-#[expect(
-    unsafe_code,
-    reason = "std has no signals, and nothing but std is linked here"
-)]
+#[expect(unsafe_code, reason = "std has no signals, and nothing but std is linked here")]
 pub(crate) fn at_signal() {
     unsafe extern "C" {
         fn signal(number: i32, handler: extern "C" fn(i32)) -> usize;

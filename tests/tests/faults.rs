@@ -1,0 +1,210 @@
+//! Whatever is killed, and whenever: one container, its client served, nothing left behind.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use ferry_cli::phase::Phase;
+use ferry_tests::scene::{
+    FLOATING, Scene, finish_client, migrate_command, task_state, traces, wait_for_traces,
+};
+use ferry_tests::{Host, Job};
+
+/// Who is killed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Victim {
+    Driver,
+    Agent,
+}
+
+/// Where the container is afterwards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ends {
+    /// On the source, by itself.
+    OnSource,
+    /// On the destination, by itself.
+    OnDestination,
+    /// In doubt; the same command again brings it back to the source.
+    SettledOnSource,
+    /// On the destination; the same command again removes what is left on the source.
+    SettledOnDestination,
+}
+
+/// What must come of killing `victim` at the start of `phase`. A phase that is added has to be
+/// added here, or this does not build.
+fn expected(phase: Phase, victim: Victim) -> Option<Ends> {
+    Some(match (phase, victim) {
+        // There is no agent yet.
+        (Phase::Connect, Victim::Agent) => return None,
+        (
+            Phase::Connect
+            | Phase::Plan
+            | Phase::Image
+            | Phase::Container
+            | Phase::Layer
+            | Phase::Address
+            | Phase::Freeze
+            | Phase::Dump
+            | Phase::Transfer
+            | Phase::Restore
+            | Phase::Commit,
+            _,
+        ) => Ends::OnSource,
+        // Decided on the source, never heard of on the destination.
+        (Phase::Release, Victim::Driver) => Ends::SettledOnSource,
+        (Phase::Release, Victim::Agent) => Ends::OnSource,
+        (Phase::Retire | Phase::Finish, Victim::Driver) => Ends::SettledOnDestination,
+        (Phase::Retire | Phase::Finish, Victim::Agent) => Ends::OnDestination,
+    })
+}
+
+/// Starts a migration that stops at the beginning of `phase`, and waits until it stands there.
+fn stop_at(scene: &Scene, phase: Phase, from: &str, to: &str) -> Result<Job> {
+    let host = scene.host(from);
+    host.run("rm -f /tmp/fault")?;
+    let command = migrate_command("redis", scene.host(to), &format!("--ip {FLOATING}/24"));
+    let job = host.spawn(&format!("FERRY_FAULT={}:/tmp/fault exec {command}", phase.name()))?;
+    host.wait_until("the migration stands at the fault point", |h| {
+        h.output("test -e /tmp/fault").is_ok_and(|o| o.status.success())
+    })
+    .with_context(|| format!("stderr: {}", job.stderr()))?;
+    Ok(job)
+}
+
+fn kill_ferry(host: &Host) -> Result<()> {
+    host.run("pkill -9 -x ferry")?;
+    Ok(())
+}
+
+/// The client's connections are served on: a request of another connection is answered too.
+fn is_served(scene: &Scene) -> Result<()> {
+    let client = scene.lab.client();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !client
+        .output(&format!("timeout 1 redis-cli -h {FLOATING} ping"))?
+        .stdout
+        .contains("PONG")
+    {
+        ensure!(Instant::now() < deadline, "redis does not answer");
+    }
+    Ok(())
+}
+
+fn kill_everywhere(victim: Victim) -> Result<()> {
+    let scene = Scene::start()?;
+    scene.start_redis("a", 1000)?;
+    // What a host looks like with the container, and without it.
+    let empty = traces(scene.host("b"))?;
+    scene.migrate("redis", "a", "b")?;
+    scene.migrate("redis", "b", "a")?;
+    let full = traces(scene.host("a"))?;
+    wait_for_traces(scene.host("b"), &empty, "before any fault")?;
+    let client = scene.start_client(5)?;
+    let (mut here, mut there) = ("a", "b");
+    for phase in Phase::ALL {
+        let Some(ends) = expected(phase, victim) else { continue };
+        let when = format!("{victim:?} killed at {}", phase.name());
+        let job = stop_at(&scene, phase, here, there).with_context(|| when.clone())?;
+        match victim {
+            Victim::Driver => kill_ferry(scene.host(here))?,
+            Victim::Agent => {
+                kill_ferry(scene.host(there))?;
+                scene.host(here).run("rm /tmp/fault")?;
+            }
+        }
+        let output = job.wait(Duration::from_secs(60)).with_context(|| when.clone())?;
+        if victim == Victim::Agent {
+            assert_eq!(output.status.success(), ends == Ends::OnDestination, "{when}: {output}");
+        }
+        if matches!(ends, Ends::SettledOnSource | Ends::SettledOnDestination) {
+            let again = scene.try_migrate("redis", here, there, &format!("--ip {FLOATING}/24"))?;
+            let moved = ends == Ends::SettledOnDestination;
+            assert_eq!(again.status.success(), moved, "{when}: {again}");
+        }
+        if matches!(ends, Ends::OnDestination | Ends::SettledOnDestination) {
+            (here, there) = (there, here);
+        }
+        is_served(&scene).with_context(|| when.clone())?;
+        assert_eq!(task_state(scene.host(here), "redis")?.as_deref(), Some("RUNNING"), "{when}");
+        scene.host(here).run("rm -f /tmp/fault")?;
+        wait_for_traces(scene.host(there), &empty, &when)?;
+        wait_for_traces(scene.host(here), &full, &when)?;
+    }
+    finish_client(client)?;
+    Ok(())
+}
+
+#[test]
+fn a_driver_killed_in_any_phase_leaves_one_container_and_nothing_else() -> Result<()> {
+    kill_everywhere(Victim::Driver)
+}
+
+#[test]
+fn an_agent_killed_in_any_phase_leaves_one_container_and_nothing_else() -> Result<()> {
+    kill_everywhere(Victim::Agent)
+}
+
+/// A migration that a broken destination makes fail; the container must not notice.
+fn fails_cleanly(
+    scene: &Scene,
+    breaks: &str,
+    more: &str,
+    expected: &[&str],
+    mends: &str,
+) -> Result<()> {
+    let (a, b) = (scene.host("a"), scene.host("b"));
+    let before = traces(a)?;
+    b.run(breaks)?;
+    let broken = traces(b)?;
+    let client = scene.start_client(5)?;
+    let output = scene.try_migrate("redis", "a", "b", more)?;
+    ensure!(!output.status.success(), "the migration went through: {output}");
+    for text in expected {
+        ensure!(output.stderr.contains(text), "no {text:?} in: {output}");
+    }
+    finish_client(client).with_context(|| breaks.to_owned())?;
+    wait_for_traces(a, &before, breaks)?;
+    wait_for_traces(b, &broken, breaks)?;
+    b.run(mends)?;
+    Ok(())
+}
+
+#[test]
+fn a_destination_that_refuses_leaves_the_container_where_it_was() -> Result<()> {
+    let scene = Scene::start()?;
+    scene.start_redis("a", 1000)?;
+    let ip = format!("--ip {FLOATING}/24");
+    let runs = "redis runs on a";
+    let content = "/var/lib/containerd/io.containerd.content.v1.content/ingest";
+    // Its image is not there, and there is no room for it.
+    fails_cleanly(
+        &scene,
+        &format!(
+            "ctr images rm --sync docker.io/library/redis:latest >/dev/null; mkdir -p {content}; \
+             mount -t tmpfs -o size=256k tmpfs {content}"
+        ),
+        &ip,
+        &["image:", "no space left", runs],
+        &format!("umount {content}"),
+    )?;
+    // criu says its version and fails to restore.
+    fails_cleanly(
+        &scene,
+        "mv /usr/sbin/criu /usr/sbin/criu.real; printf '#!/bin/sh\\ncase \"$1\" in \
+         --version) exec /usr/sbin/criu.real --version;; esac\\nexit 1\\n' >/usr/sbin/criu; \
+         chmod +x /usr/sbin/criu",
+        &ip,
+        &["restore:", runs],
+        "mv -f /usr/sbin/criu.real /usr/sbin/criu",
+    )?;
+    // It has the address already.
+    fails_cleanly(
+        &scene,
+        &format!("ip addr add {FLOATING}/32 dev lo"),
+        &ip,
+        &["address-taken"],
+        &format!("ip addr del {FLOATING}/32 dev lo"),
+    )?;
+    // And with everything mended it goes.
+    scene.migrate("redis", "a", "b")?;
+    Ok(())
+}

@@ -1,0 +1,176 @@
+//! The main job: a container crosses while its clients stay connected.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use ferry_tests::scene::{FLOATING, RUNTIME, finish_client, task_state, traces, wait_for_traces};
+use ferry_tests::{Host, Scene};
+
+/// Connections of redis on `host`: local and remote address of each.
+fn connections(host: &Host) -> Result<BTreeSet<String>> {
+    let listing = host.run("ss -Htn state established '( sport = :6379 )'")?.stdout;
+    Ok(listing
+        .lines()
+        .map(|l| l.split_whitespace().skip(2).take(2).collect::<Vec<_>>().join(" "))
+        .collect())
+}
+
+#[test]
+fn redis_crosses_there_and_back_three_times_under_load() -> Result<()> {
+    let scene = Scene::start()?;
+    scene.start_redis("a", 100_000)?;
+    let with_redis = traces(scene.host("a"))?;
+    let without = traces(scene.host("b"))?;
+    let arp = scene.lab.client().spawn("exec tcpdump -lnei eth0 arp")?;
+    let client = scene.start_client(50)?;
+    let tuples = connections(scene.host("a"))?;
+    ensure!(tuples.len() == 50, "{tuples:?}");
+    for round in 0..6 {
+        let (from, to) = if round % 2 == 0 { ("a", "b") } else { ("b", "a") };
+        let report = scene.migrate("redis", from, to)?;
+        ensure!(report["downtime"]["total_us"].as_u64() > Some(0), "{report}");
+        ensure!(report["warnings"].as_array().is_some_and(Vec::is_empty), "{report}");
+        assert_eq!(connections(scene.host(to))?, tuples, "round {round}");
+        assert_eq!(connections(scene.host(from))?, BTreeSet::new(), "round {round}");
+        assert_eq!(task_state(scene.host(to), "redis")?.as_deref(), Some("RUNNING"));
+        assert_eq!(task_state(scene.host(from), "redis")?, None);
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    let report = finish_client(client)?;
+    ensure!(report["connections"] == 50, "{report}");
+    let keys = scene.host("a").run("redis-cli dbsize")?.stdout;
+    // The clients' own counters come on top.
+    ensure!(keys.trim().parse::<u64>().unwrap_or(0) >= 100_000, "keys: {keys}");
+    for key in [0, 1, 50_000, 99_999] {
+        let value = scene.host("a").run(&format!("redis-cli get key:{key}"))?.stdout;
+        ensure!(value.starts_with(&format!("value:{key}")), "key:{key} is {value:?}");
+    }
+    // Each host announced the address with its own hardware address.
+    let seen = arp.stop()?.stdout;
+    for name in ["a", "b"] {
+        let mac = scene.host(name).run("cat /sys/class/net/eth0/address")?.stdout;
+        let announced = seen
+            .lines()
+            .any(|l| l.contains(mac.trim()) && l.contains("Reply") && l.contains(FLOATING));
+        ensure!(announced, "no gratuitous ARP of {name} ({mac}) in:\n{seen}");
+    }
+    wait_for_traces(scene.host("a"), &with_redis, "after three rounds")?;
+    wait_for_traces(scene.host("b"), &without, "after three rounds")
+}
+
+#[test]
+fn the_writable_layer_crosses_with_what_changed_meanwhile() -> Result<()> {
+    let scene = Scene::start()?;
+    let a = scene.host("a");
+    a.run(&format!(
+        "ctr run -d --null-io --net-host --runtime {RUNTIME} docker.io/library/busybox:latest box \
+         sh -c 'n=0; while :; do n=$((n+1)); echo $n >/count; sleep 0.01; done'"
+    ))?;
+    a.run(
+        "ctr task exec --exec-id w box sh -c \
+         'mkdir -p /data/deep; dd if=/dev/urandom of=/data/deep/file bs=64k count=40 2>/dev/null; \
+          ln -s deep/file /data/link; rm -rf /var; chmod 751 /data; mkfifo /data/fifo; \
+          md5sum /data/deep/file >/data/sum'",
+    )?;
+    let output = scene.try_migrate("box", "a", "b", "")?.checked("ferry migrate")?;
+    let b = scene.host("b");
+    let inside = |script: &str| {
+        b.run(&format!("ctr task exec --exec-id x{} box sh -c '{script}'", std::process::id()))
+            .map(|o| o.stdout)
+    };
+    ensure!(inside("md5sum -c /data/sum")?.contains("OK"), "{output}");
+    ensure!(inside("readlink /data/link")?.trim() == "deep/file", "the link is wrong");
+    ensure!(inside("ls -ld /data")?.starts_with("drwxr-x--x"), "the mode is wrong");
+    ensure!(inside("ls -l /data/fifo")?.starts_with('p'), "the fifo is wrong");
+    ensure!(inside("ls /var 2>&1; true")?.contains("No such"), "/var is back");
+    let count = || inside("cat /count").map(|c| c.trim().parse::<u64>().unwrap_or(0));
+    let first = count()?;
+    std::thread::sleep(Duration::from_millis(300));
+    ensure!(count()? > first, "the counter stands still at {first}");
+    Ok(())
+}
+
+#[test]
+fn a_private_network_has_its_loopback_and_its_connections_after_the_move() -> Result<()> {
+    let scene = Scene::start()?;
+    let a = scene.host("a");
+    a.run(&format!(
+        "ctr run -d --null-io --runtime {RUNTIME} docker.io/library/python:latest local \
+         python3 -c '{LOCAL}'"
+    ))?;
+    let count = |host: &Host, n: u32| -> Result<u64> {
+        let out = host.run(&format!("ctr task exec --exec-id c{n} local cat /count"))?.stdout;
+        Ok(out.trim().parse()?)
+    };
+    std::thread::sleep(Duration::from_secs(1));
+    ensure!(count(a, 0)? > 0);
+    scene.try_migrate("local", "a", "b", "")?.checked("ferry migrate")?;
+    let b = scene.host("b");
+    let first = count(b, 1)?;
+    std::thread::sleep(Duration::from_millis(500));
+    ensure!(count(b, 2)? > first, "the connection over loopback does not go on");
+    let pid = b.run("ctr task ls | awk '/^local/ {print $2}'")?.stdout;
+    let lo = b.run(&format!("nsenter -t {} -n ip -br addr show lo", pid.trim()))?.stdout;
+    ensure!(lo.contains("127.0.0.1/8"), "{lo}");
+    // And back, from a namespace that CRIU made.
+    let back = scene.try_migrate("local", "b", "a", "")?.checked("ferry migrate")?;
+    let first = count(a, 3)?;
+    std::thread::sleep(Duration::from_millis(500));
+    ensure!(count(a, 4)? > first, "{back}");
+    Ok(())
+}
+
+/// Two threads that talk over 127.0.0.1 and count what came back right.
+const LOCAL: &str = r#"
+import socket, threading, time
+s = socket.socket(); s.bind(("127.0.0.1", 7000)); s.listen(5)
+c = socket.create_connection(("127.0.0.1", 7000)); d, _ = s.accept()
+def echo():
+    while True:
+        x = d.recv(100)
+        if not x: break
+        d.sendall(x)
+threading.Thread(target=echo, daemon=True).start()
+n = 0
+while True:
+    c.sendall(b"%08d" % n); r = b""
+    while len(r) < 8: r += c.recv(8 - len(r))
+    assert int(r) == n
+    n += 1
+    if n % 10 == 0:
+        with open("/count.new", "w") as f: f.write(str(n))
+        import os; os.rename("/count.new", "/count")
+    time.sleep(0.002)
+"#;
+
+#[test]
+fn tcp_and_udp_echo_lose_and_repeat_nothing() -> Result<()> {
+    let scene = Scene::start()?;
+    let a = scene.host("a");
+    a.run(&format!(
+        "ip addr add {FLOATING}/24 dev eth0; ctr run -d --null-io --net-host --runtime {RUNTIME} \
+         docker.io/library/ferry-echo:latest echo ferry-echo serve --bind {FLOATING} --port 7000"
+    ))?;
+    std::thread::sleep(Duration::from_millis(500));
+    let tcp = scene
+        .lab
+        .client()
+        .spawn(&format!("exec ferry-echo client {FLOATING}:7000 --connections 8"))?;
+    std::thread::sleep(Duration::from_millis(500));
+    for (from, to) in [("a", "b"), ("b", "a")] {
+        scene.migrate("echo", from, to)?;
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    finish_client(tcp)?;
+    let udp = scene
+        .lab
+        .client()
+        .spawn(&format!("exec ferry-echo client {FLOATING}:7000 --connections 2 --udp"))?;
+    std::thread::sleep(Duration::from_millis(500));
+    scene.migrate("echo", "a", "b")?;
+    std::thread::sleep(Duration::from_millis(500));
+    let output = udp.stop()?;
+    ensure!(output.stdout.contains("\"requests\""), "{output}");
+    Ok(())
+}

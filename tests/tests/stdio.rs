@@ -1,0 +1,68 @@
+//! Output of a container that moves: nothing lost, nothing repeated, never blocked.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use ferry_tests::Scene;
+use ferry_tests::scene::RUNTIME;
+
+/// Numbers in a log, which must follow each other.
+fn numbers(text: &str) -> Vec<u64> {
+    text.lines().filter_map(|line| line.trim().parse().ok()).collect()
+}
+
+fn in_order(numbers: &[u64]) -> bool {
+    numbers.windows(2).all(|pair| pair[1] == pair[0] + 1)
+}
+
+/// Writes a number every 2 ms.
+const COUNT: &str = "sh -c 'n=0; while :; do n=$((n+1)); echo $n; usleep 2000; done'";
+
+#[test]
+fn a_log_file_goes_on_where_it_stopped() -> Result<()> {
+    let scene = Scene::start()?;
+    let (a, b) = (scene.host("a"), scene.host("b"));
+    a.run(&format!(
+        "ctr run -d --log-uri file:///var/log/box.log --runtime {RUNTIME} \
+         docker.io/library/busybox:latest box {COUNT}"
+    ))?;
+    std::thread::sleep(Duration::from_millis(500));
+    scene.try_migrate("box", "a", "b", "")?.checked("ferry migrate")?;
+    std::thread::sleep(Duration::from_millis(500));
+    let before = numbers(&a.run("cat /var/log/box.log")?.stdout);
+    let after = numbers(&b.run("cat /var/log/box.log")?.stdout);
+    ensure!(in_order(&before) && before.first() == Some(&1), "on a: {before:?}");
+    ensure!(in_order(&after) && after.len() > 50, "on b: {after:?}");
+    let (last, first) = (before.last().context("nothing on a")?, after[0]);
+    ensure!(first == last + 1, "a ends with {last}, b begins with {first}");
+    Ok(())
+}
+
+#[test]
+fn output_into_a_fifo_goes_on_in_a_file_and_never_blocks() -> Result<()> {
+    let scene = Scene::start()?;
+    let (a, b) = (scene.host("a"), scene.host("b"));
+    // Its client stays in the foreground and reads the FIFO.
+    let reader = a.spawn(&format!(
+        "exec ctr run --runtime {RUNTIME} docker.io/library/busybox:latest box \
+         sh -c 'n=0; while :; do n=$((n+1)); echo $n; echo e$n >&2; usleep 200; done'"
+    ))?;
+    std::thread::sleep(Duration::from_secs(1));
+    let output = scene.try_migrate("box", "a", "b", "")?.checked("ferry migrate")?;
+    ensure!(output.stdout.contains("/var/log/ferry/default/box/stdout.log"), "{output}");
+    std::thread::sleep(Duration::from_secs(1));
+    let before = numbers(&reader.stdout());
+    let read = |b: &ferry_tests::Host| {
+        b.run("cat /var/log/ferry/default/box/stdout.log").map(|o| numbers(&o.stdout))
+    };
+    let after = read(b)?;
+    ensure!(in_order(&before) && in_order(&after), "a {before:?}\nb {after:?}");
+    let (last, first) = (before.last().context("nothing on a")?, after.first());
+    ensure!(first == Some(&(last + 1)), "a ends with {last}, b begins with {first:?}");
+    // More than a pipe holds has been written since, and it still goes on.
+    std::thread::sleep(Duration::from_secs(1));
+    ensure!(read(b)?.len() > after.len(), "the container stands still");
+    let errors = b.run("head -1 /var/log/ferry/default/box/stderr.log")?.stdout;
+    ensure!(errors.starts_with('e'), "{errors}");
+    Ok(())
+}
