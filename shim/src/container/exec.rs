@@ -156,6 +156,9 @@ impl Container {
             let mut inner = exec.inner();
             inner.status = Status::Running;
             inner.pid = pid;
+            if let Some(io) = &mut inner.io {
+                io.started();
+            }
         }
         self.events.send(TaskExecStarted {
             container_id: self.id.clone(),

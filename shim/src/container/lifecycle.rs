@@ -33,6 +33,9 @@ impl Container {
         let pid = {
             let mut inner = self.inner();
             inner.status = Status::Running;
+            if let Some(io) = &mut inner.io {
+                io.started();
+            }
             inner.pid
         };
         let container_id = self.id.clone();

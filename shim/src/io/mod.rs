@@ -57,9 +57,23 @@ impl ChildStdio {
 /// The shim's side. Dropping it ends all copying.
 pub(crate) struct ProcessIo {
     outputs: Vec<Copy>,
-    input: Option<JoinHandle<()>>,
-    /// Keeps the reader of stdin from seeing EOF before CloseIO.
-    stdin_open: Option<pipe::Sender>,
+    input: Input,
+}
+
+/// Standard input. It is opened when the process starts, not before: opening lets the client's
+/// copying begin, and a client whose input is short (`ctr`) sees its end before it has learnt that
+/// there is a task whose stdin is to be closed.
+enum Input {
+    /// None, or closed by the client.
+    Closed,
+    /// The process has not started.
+    Waiting { path: PathBuf, to: pipe::Sender },
+    /// Being copied.
+    Open {
+        task: JoinHandle<()>,
+        /// Keeps the reader from seeing EOF before CloseIO.
+        keep: Option<pipe::Sender>,
+    },
 }
 
 impl ProcessIo {
@@ -72,25 +86,45 @@ impl ProcessIo {
         let mut outputs = Vec::new();
         let stdout = output(&stdio.stdout, owner, &mut outputs).map_err(|e| e.context("stdout"))?;
         let stderr = output(&stdio.stderr, owner, &mut outputs).map_err(|e| e.context("stderr"))?;
-        let (stdin, stdin_open, input) = match uri::parse(&stdio.stdin)? {
-            Target::Null => (null()?, None, None),
+        let (stdin, input) = match uri::parse(&stdio.stdin)? {
+            Target::Null => (null()?, Input::Closed),
             Target::Path(path) => {
+                let what = || format!("stdin: open {}", path.display());
+                if !std::fs::metadata(&path).context(what())?.file_type().is_fifo() {
+                    let text = format!("stdin: {} is not a FIFO", path.display());
+                    return Err(Error::invalid_argument(text));
+                }
                 let (read, write) = make_pipe(owner)?;
-                let write = pipe::Sender::from_owned_fd(write).context("use a pipe")?;
-                let (from, keep) = open_stdin(&path).map_err(|e| e.context("stdin"))?;
-                (read, Some(keep), Some(tokio::spawn(copy::input(from, write))))
+                let to = pipe::Sender::from_owned_fd(write).context("use a pipe")?;
+                (read, Input::Waiting { path, to })
             }
             Target::File(_) => {
                 return Err(Error::invalid_argument("stdin cannot be a file:// URI"));
             }
         };
-        let io = Self { outputs, input, stdin_open };
-        Ok((io, ChildStdio { stdin, stdout, stderr }))
+        Ok((Self { outputs, input }, ChildStdio { stdin, stdout, stderr }))
+    }
+
+    /// The process has started: its input may begin.
+    pub(crate) fn started(&mut self) {
+        let Input::Waiting { path, to } = std::mem::replace(&mut self.input, Input::Closed) else {
+            return;
+        };
+        match open_stdin(&path) {
+            Ok((from, keep)) => {
+                let task = tokio::spawn(copy::input(from, to));
+                self.input = Input::Open { task, keep: Some(keep) };
+            }
+            Err(err) => log::warn!("stdin: {err}; the process gets none"),
+        }
     }
 
     /// Lets stdin end as soon as its client has closed it too.
     pub(crate) fn close_stdin(&mut self) {
-        self.stdin_open = None;
+        match &mut self.input {
+            Input::Open { keep, .. } => *keep = None,
+            input => *input = Input::Closed,
+        }
     }
 
     /// What [`drained`] needs, detached from this object's lock.
@@ -101,8 +135,8 @@ impl ProcessIo {
 
 impl Drop for ProcessIo {
     fn drop(&mut self) {
-        if let Some(input) = &self.input {
-            input.abort();
+        if let Input::Open { task, .. } = &self.input {
+            task.abort();
         }
     }
 }
@@ -153,7 +187,7 @@ fn append(path: &Path, create: bool) -> Result<File> {
 }
 
 /// The FIFO for reading, and once more for writing so that it has no end yet.
-fn open_stdin(path: &PathBuf) -> Result<(pipe::Receiver, pipe::Sender)> {
+fn open_stdin(path: &Path) -> Result<(pipe::Receiver, pipe::Sender)> {
     let what = || format!("open {}", path.display());
     let from = pipe::OpenOptions::new().open_receiver(path).context(what())?;
     let keep = pipe::OpenOptions::new().open_sender(path).context(what())?;
