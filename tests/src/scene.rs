@@ -93,6 +93,37 @@ impl Scene {
     }
 }
 
+/// Starts a migration of `id` that stops at the beginning of `phase`, and waits until it stands
+/// there. It goes on when [`go_on`] is called. Needs ferry built with `fault-points`.
+///
+/// # Errors
+/// When it does not come to stand there.
+pub fn stop_at(
+    scene: &Scene,
+    id: &str,
+    phase: &str,
+    (from, to): (&str, &str),
+    more: &str,
+) -> Result<Job> {
+    let host = scene.host(from);
+    host.run("rm -f /tmp/fault")?;
+    let command = migrate_command(id, scene.host(to), more);
+    let job = host.spawn(&format!("FERRY_FAULT={phase}:/tmp/fault exec {command}"))?;
+    host.wait_until("the migration stands at the fault point", |h| {
+        h.output("test -e /tmp/fault").is_ok_and(|o| o.status.success())
+    })
+    .with_context(|| format!("built with fault-points? stderr: {}", job.stderr()))?;
+    Ok(job)
+}
+
+/// Lets a migration go on that stands at a fault point.
+///
+/// # Errors
+/// When the host cannot be reached.
+pub fn go_on(host: &Host) -> Result<()> {
+    host.run("rm -f /tmp/fault").map(drop)
+}
+
 /// The command that moves `id` to `to`.
 pub fn migrate_command(id: &str, to: &Host, more: &str) -> String {
     format!("ferry migrate {id} --to ssh://root@{} {more}", to.address())

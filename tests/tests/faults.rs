@@ -4,10 +4,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use ferry_cli::phase::Phase;
+use ferry_tests::Host;
 use ferry_tests::scene::{
-    FLOATING, Scene, finish_client, migrate_command, task_state, traces, wait_for_traces,
+    FLOATING, Scene, finish_client, go_on, stop_at, task_state, traces, wait_for_traces,
 };
-use ferry_tests::{Host, Job};
 
 /// Who is killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,19 +57,6 @@ fn expected(phase: Phase, victim: Victim) -> Option<Ends> {
     })
 }
 
-/// Starts a migration that stops at the beginning of `phase`, and waits until it stands there.
-fn stop_at(scene: &Scene, phase: Phase, from: &str, to: &str) -> Result<Job> {
-    let host = scene.host(from);
-    host.run("rm -f /tmp/fault")?;
-    let command = migrate_command("redis", scene.host(to), &format!("--ip {FLOATING}/24"));
-    let job = host.spawn(&format!("FERRY_FAULT={}:/tmp/fault exec {command}", phase.name()))?;
-    host.wait_until("the migration stands at the fault point", |h| {
-        h.output("test -e /tmp/fault").is_ok_and(|o| o.status.success())
-    })
-    .with_context(|| format!("stderr: {}", job.stderr()))?;
-    Ok(job)
-}
-
 fn kill_ferry(host: &Host) -> Result<()> {
     host.run("pkill -9 -x ferry")?;
     Ok(())
@@ -103,12 +90,14 @@ fn kill_everywhere(victim: Victim) -> Result<()> {
     for phase in Phase::ALL {
         let Some(ends) = expected(phase, victim) else { continue };
         let when = format!("{victim:?} killed at {}", phase.name());
-        let job = stop_at(&scene, phase, here, there).with_context(|| when.clone())?;
+        let ip = format!("--ip {FLOATING}/24");
+        let job = stop_at(&scene, "redis", phase.name(), (here, there), &ip)
+            .with_context(|| when.clone())?;
         match victim {
             Victim::Driver => kill_ferry(scene.host(here))?,
             Victim::Agent => {
                 kill_ferry(scene.host(there))?;
-                scene.host(here).run("rm /tmp/fault")?;
+                go_on(scene.host(here))?;
             }
         }
         let output = job.wait(Duration::from_secs(60)).with_context(|| when.clone())?;
@@ -125,7 +114,7 @@ fn kill_everywhere(victim: Victim) -> Result<()> {
         }
         is_served(&scene).with_context(|| when.clone())?;
         assert_eq!(task_state(scene.host(here), "redis")?.as_deref(), Some("RUNNING"), "{when}");
-        scene.host(here).run("rm -f /tmp/fault")?;
+        go_on(scene.host(here))?;
         wait_for_traces(scene.host(there), &empty, &when)?;
         wait_for_traces(scene.host(here), &full, &when)?;
     }

@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use ferry_tests::scene::{FLOATING, RUNTIME, finish_client, task_state, traces, wait_for_traces};
+use ferry_tests::scene::{
+    FLOATING, RUNTIME, finish_client, go_on, stop_at, task_state, traces, wait_for_traces,
+};
 use ferry_tests::{Host, Scene};
 
 /// Connections of redis on `host`: local and remote address of each.
@@ -71,9 +73,17 @@ fn the_writable_layer_crosses_with_what_changed_meanwhile() -> Result<()> {
         "ctr task exec --exec-id w box sh -c \
          'mkdir -p /data/deep; dd if=/dev/urandom of=/data/deep/file bs=64k count=40 2>/dev/null; \
           ln -s deep/file /data/link; rm -rf /var; chmod 751 /data; mkfifo /data/fifo; \
+          echo early >/data/early; echo one >/data/deep/log; \
           md5sum /data/deep/file >/data/sum'",
     )?;
-    let output = scene.try_migrate("box", "a", "b", "")?.checked("ferry migrate")?;
+    // What is written between the first pass over the layer and the freeze goes as a delta.
+    let job = stop_at(&scene, "box", "freeze", ("a", "b"), "")?;
+    a.run(
+        "ctr task exec --exec-id d box sh -c 'echo late >/data/late; rm /data/early; \
+         echo more >>/data/deep/log'",
+    )?;
+    go_on(a)?;
+    let output = job.wait(Duration::from_secs(60))?.checked("ferry migrate")?;
     let b = scene.host("b");
     let inside = |script: &str| {
         b.run(&format!("ctr task exec --exec-id x{} box sh -c '{script}'", std::process::id()))
@@ -84,10 +94,12 @@ fn the_writable_layer_crosses_with_what_changed_meanwhile() -> Result<()> {
     ensure!(inside("ls -ld /data")?.starts_with("drwxr-x--x"), "the mode is wrong");
     ensure!(inside("ls -l /data/fifo")?.starts_with('p'), "the fifo is wrong");
     ensure!(inside("ls /var 2>&1; true")?.contains("No such"), "/var is back");
+    ensure!(inside("cat /data/late /data/deep/log")? == "late\none\nmore\n", "the delta is wrong");
+    ensure!(inside("ls /data")?.split_whitespace().all(|f| f != "early"), "/data/early is back");
     let count = || inside("cat /count").map(|c| c.trim().parse::<u64>().unwrap_or(0));
     let first = count()?;
-    std::thread::sleep(Duration::from_millis(300));
-    ensure!(count()? > first, "the counter stands still at {first}");
+    // It may be read in the moment in which it is being rewritten.
+    b.wait_until("the counter goes on", |_| count().is_ok_and(|n| n > first))?;
     Ok(())
 }
 
@@ -172,5 +184,52 @@ fn tcp_and_udp_echo_lose_and_repeat_nothing() -> Result<()> {
     std::thread::sleep(Duration::from_millis(500));
     let output = udp.stop()?;
     ensure!(output.stdout.contains("\"requests\""), "{output}");
+    Ok(())
+}
+
+#[test]
+fn what_a_client_sends_while_nothing_runs_is_answered_after_the_move() -> Result<()> {
+    let scene = Scene::start()?;
+    scene.start_redis("a", 0)?;
+    let mut client = scene.lab.client().spawn(&format!(
+        "exec bash -c 'exec 3<>/dev/tcp/{FLOATING}/6379; echo connected; \
+         until [ -e /tmp/send ]; do sleep 0.02; done; printf \"PING\\r\\n\" >&3; echo sent; \
+         read -r -t 20 -u 3 line; echo \"got $line\"'"
+    ))?;
+    client.wait_for("connected", Duration::from_secs(10))?;
+    // Dumped and sent: what the source's kernel acknowledged now, nobody would ever read.
+    let ip = format!("--ip {FLOATING}/24");
+    let job = stop_at(&scene, "redis", "restore", ("a", "b"), &ip)?;
+    scene.lab.client().run("touch /tmp/send")?;
+    client.wait_for("sent", Duration::from_secs(10))?;
+    std::thread::sleep(Duration::from_millis(500));
+    go_on(scene.host("a"))?;
+    job.wait(Duration::from_secs(60))?.checked("ferry migrate")?;
+    client.wait_for("got +PONG", Duration::from_secs(20))
+}
+
+#[test]
+fn only_one_host_answers_for_the_address_at_any_time() -> Result<()> {
+    let scene = Scene::start()?;
+    scene.start_redis("a", 0)?;
+    let ip = format!("--ip {FLOATING}/24");
+    let mac = |name: &str| -> Result<String> {
+        let text = scene.host(name).run("cat /sys/class/net/eth0/address")?.stdout;
+        Ok(text.trim().to_uppercase())
+    };
+    let (a, b) = (mac("a")?, mac("b")?);
+    // Both have the address before the freeze and after the release.
+    for (phase, owner, other) in [("freeze", &a, &b), ("retire", &b, &a)] {
+        let (from, to) = ("a", "b");
+        let job = stop_at(&scene, "redis", phase, (from, to), &ip)?;
+        let told = scene.lab.client().output(&format!("arping -c 3 -I eth0 {FLOATING}"))?.stdout;
+        ensure!(told.to_uppercase().contains(owner), "at {phase}, {owner} is silent: {told}");
+        ensure!(!told.to_uppercase().contains(other), "at {phase}, {other} answers: {told}");
+        go_on(scene.host(from))?;
+        job.wait(Duration::from_secs(60))?.checked("ferry migrate")?;
+        if phase == "freeze" {
+            scene.migrate("redis", "b", "a")?;
+        }
+    }
     Ok(())
 }

@@ -53,9 +53,7 @@ fn containers_that_cannot_move_are_refused_by_name() -> Result<()> {
     refused(&scene, "box", "", "restart-policy")?;
     end(&scene, "box")?;
 
-    a.run(
-        "ctr run -d --null-io docker.io/library/busybox:latest box sleep 100000",
-    )?;
+    a.run("ctr run -d --null-io docker.io/library/busybox:latest box sleep 100000")?;
     refused(&scene, "box", "", RUNTIME)?;
     end(&scene, "box")?;
 
