@@ -50,17 +50,6 @@ impl Containers {
         }
     }
 
-    /// All containers.
-    #[allow(dead_code)] // for shim/src/ferry
-    pub(crate) fn all(&self) -> Vec<Arc<Container>> {
-        let map = self.lock();
-        let ready = map.values().filter_map(|slot| match slot {
-            Slot::Ready(container) => Some(container.clone()),
-            Slot::Creating => None,
-        });
-        ready.collect()
-    }
-
     /// Whether no container is there or being made.
     pub(crate) fn is_empty(&self) -> bool {
         self.lock().is_empty()

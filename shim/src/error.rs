@@ -44,7 +44,7 @@ impl Error {
     }
 
     /// The code for containerd.
-    #[allow(dead_code)] // for shim/src/ferry
+    #[cfg(test)]
     pub(crate) fn code(&self) -> Code {
         self.code
     }

@@ -7,8 +7,8 @@
 //! - a container process is known only once runc has written its pid, and may be dead by then. A
 //!   [`Window`] opened before runc is started keeps the exits that nobody has claimed yet.
 //!
-//! Nobody else in this process may wait for a child: not tokio's process driver, and
-//! `std::process::Command::output` only inside [`Reaper::hold`].
+//! Nobody else in this process may wait for a child: neither tokio's process driver nor
+//! `std::process::Command::output`. [`Reaper::run`] takes their place.
 
 use crate::error::{Context as _, Error, Result};
 use log::{debug, warn};
@@ -181,24 +181,9 @@ impl Reaper {
             Err(err) => Err(err).context(format!("send signal {signal}")),
         }
     }
-
-    /// Runs `work` on a thread of its own while nothing is reaped, so that it may wait for children
-    /// itself. Exits are only delayed, so `work` must be short.
-    #[allow(dead_code)] // for shim/src/ferry
-    pub(crate) async fn hold<T: Send + 'static>(
-        self: &Arc<Self>,
-        work: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<T> {
-        let reaper = self.clone();
-        tokio::task::spawn_blocking(move || {
-            let _state = reaper.lock();
-            work()
-        })
-        .await
-        .context("run a blocking call")
-    }
 }
 
+// One call, which takes numbers only.
 #[allow(unsafe_code)]
 fn raw_kill(pid: i32, signal: i32) -> nix::Result<()> {
     // SAFETY: kill(2) takes two integers and touches no memory.
@@ -351,14 +336,6 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(300)).await;
             assert_eq!(window.adopt(pid).wait().await.status, 3);
             assert!(reaper.signal(pid, 0).is_err());
-        });
-    }
-
-    #[test]
-    fn a_hold_lets_its_work_wait_for_children() {
-        with_reaper(|reaper| async move {
-            let output = reaper.hold(|| sh("echo x").output()).await.unwrap().unwrap();
-            assert_eq!(output.stdout, b"x\n");
         });
     }
 }

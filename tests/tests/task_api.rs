@@ -286,8 +286,9 @@ fn a_shim_that_dies_leaves_nothing_behind() -> Result<()> {
         start(host, FERRY, "", "t", IDLE)?;
         host.run(&format!("kill -{signal} $(pgrep -x containerd-shim)"))?;
         assert_nothing_left(host)?;
-        let left = host.run("pgrep -x tail && ps axf || true")?.stdout;
-        assert!(left.is_empty(), "{signal}: the container lives on:\n{left}");
+        // Dead, and reaped or waiting for that.
+        let left = host.run("ps -C tail -o stat= | grep -v Z || true")?.stdout;
+        assert!(left.is_empty(), "{signal}: the container lives on: {left}");
         host.run("ctr container rm t")?;
     }
     Ok(())
@@ -374,6 +375,45 @@ while True:
     remove(host, "t")?;
     let rules = host.run("nft list tables; iptables-save 2>/dev/null | grep -i criu || true")?;
     assert!(!rules.stdout.contains("CRIU"), "{}", rules.stdout);
+    Ok(())
+}
+
+#[test]
+fn a_restore_that_fails_says_why_and_leaves_nothing() -> Result<()> {
+    let lab = lab()?;
+    let host = lab.host("a");
+    let listen = "import socket, time; s = socket.create_server(('127.0.0.1', 7007)); \
+                  open('/ready', 'w'); time.sleep(1000)";
+    for runtime in RUNTIMES {
+        host.run(&format!(
+            "ctr run -d --net-host --runtime {runtime} {PYTHON} t python3 -c \"{listen}\""
+        ))?;
+        host.wait_until("it listens", |host| {
+            host.run("ctr task exec --exec-id e t test -e /ready").is_ok()
+        })?;
+        host.run("ctr container checkpoint --task --rw --image t image")?;
+        remove(host, "t")?;
+        // Another has taken the port meanwhile.
+        host.run(&format!(
+            "ctr run -d --net-host --runtime {runtime} {PYTHON} other python3 -c \"{listen}\""
+        ))?;
+        host.wait_until("the other listens", |host| {
+            host.run("ctr task exec --exec-id e other test -e /ready").is_ok()
+        })?;
+        let failed = host.output("ctr container restore --live --rw u image")?;
+        ensure!(!failed.status.success(), "{runtime}: two listen on one port");
+        if runtime == FERRY {
+            assert!(failed.stderr.contains("criu: Error"), "{failed}");
+            assert_eq!(status(host, "u")?, "STOPPED");
+        }
+        host.output("ctr task rm u")?;
+        assert_eq!(status(host, "u")?, "", "{runtime}: {failed}");
+        host.output("ctr container rm u")?;
+        assert_eq!(status(host, "other")?, "RUNNING", "{runtime}");
+        remove(host, "other")?;
+        host.run("ctr image rm image")?;
+        assert_nothing_left(host)?;
+    }
     Ok(())
 }
 

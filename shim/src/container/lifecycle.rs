@@ -57,7 +57,6 @@ impl Container {
 
     /// Kills every process, whatever the state and whoever has reserved the container. For
     /// shim/src/ferry; the exit is published as always.
-    #[allow(dead_code)]
     pub(crate) async fn kill_all(&self) -> Result<()> {
         let _op = self.op.read().await;
         admit(self.snapshot().status, Op::Kill)?;

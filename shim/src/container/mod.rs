@@ -13,11 +13,9 @@ mod exit;
 mod lifecycle;
 mod restore;
 
-#[allow(unused_imports)] // for shim/src/ferry
 pub(crate) use checkpoint::CheckpointParams;
 pub(crate) use create::CreateRequest;
 pub(crate) use exec::{Exec, ExecRequest};
-#[allow(unused_imports)] // for shim/src/ferry
 pub(crate) use restore::{Held, HoldParams, RestoreParams};
 
 use crate::error::{Error, Result};
@@ -71,7 +69,6 @@ pub(crate) struct Snapshot {
 }
 
 /// Keeps the Task API from changing the container, see [`Container::reserve`].
-#[allow(dead_code)] // for shim/src/ferry
 pub(crate) struct Reservation(Arc<Container>);
 
 impl Drop for Reservation {
@@ -80,8 +77,6 @@ impl Drop for Reservation {
     }
 }
 
-// Some of the accessors are there for shim/src/ferry alone.
-#[allow(dead_code)]
 impl Container {
     /// Its id.
     pub(crate) fn id(&self) -> &str {

@@ -52,7 +52,6 @@ struct Attempt {
 
 /// A container that is restored and has not run. Decide by [`Held::release`] or [`Held::abort`];
 /// dropping it aborts.
-#[allow(dead_code)] // for shim/src/ferry
 pub(crate) struct Held {
     container: Arc<Container>,
     pid: u32,
@@ -97,7 +96,6 @@ impl Container {
 
     /// Restores up to CRIU's post-restore and holds it there: memory, files and sockets are back,
     /// connections are locked, nothing has run.
-    #[allow(dead_code)] // for shim/src/ferry
     pub(crate) async fn restore_held(
         self: &Arc<Self>,
         params: RestoreParams,
@@ -224,7 +222,6 @@ async fn until_held(hold: &mut Hold, attempt: &mut Attempt, deadline: Duration) 
     }
 }
 
-#[allow(dead_code)] // for shim/src/ferry
 impl Held {
     /// Pid of the restored init.
     pub(crate) fn pid(&self) -> u32 {
