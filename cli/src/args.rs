@@ -61,6 +61,18 @@ enum Command {
     },
     /// List migrations that were decided and not finished
     Status,
+    /// Decide by hand what becomes of a container that is frozen here, when its destination cannot
+    /// be asked any more
+    Recover {
+        /// Container id
+        container: String,
+        /// Let it run here. Only when it does not run at the destination!
+        #[arg(long, conflicts_with = "end", required_unless_present = "end")]
+        thaw: bool,
+        /// End it here: it runs at the destination
+        #[arg(long)]
+        end: bool,
+    },
     /// Serve a migration's destination (started by `ferry migrate` over ssh)
     #[command(hide = true)]
     Agent {
@@ -98,6 +110,9 @@ impl Args {
         match self.command {
             Command::Agent { .. } => agent::serve().await,
             Command::Status => status::show(self.json),
+            Command::Recover { container, thaw, end: _ } => {
+                migrate::settle::recover(&containerd, &container, thaw).await
+            }
             Command::Migrate { container, to, ip, mode, dry_run, remote_ferry } => {
                 if mode != Mode::Stop {
                     let name = mode.to_possible_value().map(|v| v.get_name().to_owned());

@@ -44,7 +44,8 @@ pub(crate) fn bundle(containerd_socket: &str, namespace: &str, id: &str) -> Path
 }
 
 impl Shim {
-    /// Connects to the shim of container `id`; `None` when its bundle announces no Ferry service.
+    /// Connects to the shim of container `id`; `None` when its bundle announces no Ferry service, or
+    /// that shim has ended.
     ///
     /// # Errors
     /// When the announcement cannot be read or nobody answers the socket.
@@ -64,6 +65,12 @@ impl Shim {
                 ferry_oci::PROTOCOL
             ));
         }
+        // Nobody there is not the same as nobody answering.
+        use std::io::ErrorKind::{ConnectionRefused, NotFound};
+        match std::os::unix::net::UnixStream::connect(&announced.socket) {
+            Err(e) if [NotFound, ConnectionRefused].contains(&e.kind()) => return Ok(None),
+            other => other.with_context(|| format!("the shim of {id} cannot be reached"))?,
+        };
         let client =
             Client::connect(&format!("unix://{}", announced.socket)).await.map_err(|e| {
                 anyhow!("the shim of {id} does not answer on {}: {e}", announced.socket)
@@ -80,8 +87,20 @@ impl Shim {
         text(self.client.describe(within(QUICK), &request).await)
     }
 
-    /// Locks the connections on `addresses` and freezes the container for at most `limit` without
-    /// a commit.
+    /// [`Self::describe`]; `None` when the shim has no such container.
+    ///
+    /// # Errors
+    /// When the shim does not answer.
+    pub(crate) async fn find(&self) -> Result<Option<Description>> {
+        let request = DescribeRequest { id: self.id.clone(), ..Default::default() };
+        match self.client.describe(within(QUICK), &request).await {
+            Err(ttrpc::Error::RpcStatus(s)) if s.code() == ttrpc::Code::NOT_FOUND => Ok(None),
+            other => text(other).map(Some),
+        }
+    }
+
+    /// Freezes the container for at most `limit` without a commit, and locks the connections on
+    /// `addresses`.
     ///
     /// # Errors
     /// When it cannot be frozen; it runs then, unlocked.

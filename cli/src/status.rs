@@ -20,6 +20,12 @@ pub(crate) fn show(json: bool) -> Result<()> {
                 to = record.destination,
                 id = record.container
             ),
+            Decision::Retired => format!(
+                "runs on {to}, which has not been told that nothing is left here: run ferry \
+                 migrate {id} --to {to} again",
+                to = record.destination,
+                id = record.container
+            ),
             Decision::Released => "runs here; its source has not finished".to_owned(),
             Decision::Failed => "came here and did not run; its source brings it back".to_owned(),
         };

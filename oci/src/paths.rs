@@ -14,6 +14,9 @@ pub const RECORDS: &str = "/run/ferry/records";
 /// File in a container's bundle that names the socket of its Ferry service.
 pub const BUNDLE_FILE: &str = "ferry.json";
 
+/// File in a container's bundle that names the migration it is leaving by.
+pub const MIGRATION_FILE: &str = "ferry-migration";
+
 /// Folder of the images of `migration`.
 pub fn images(migration: &str) -> PathBuf {
     Path::new(IMAGES).join(migration)
@@ -22,6 +25,22 @@ pub fn images(migration: &str) -> PathBuf {
 /// Record of `migration`.
 pub fn record(migration: &str) -> PathBuf {
     Path::new(RECORDS).join(format!("{migration}.json"))
+}
+
+/// File that marks the container of `migration` as let run here. Made by whoever decides first: by
+/// the restore, or by an agent that finds it undecided and thereby decides against it.
+pub fn decided(migration: &str) -> PathBuf {
+    Path::new(RECORDS).join(format!("{migration}.decided"))
+}
+
+/// Name of a file that differs after every start of this host.
+pub const EPOCH: &str = "/run/ferry/epoch";
+
+/// Whether `id` is safe in a path as a container's id.
+pub fn is_container_id(id: &str) -> bool {
+    (1..=76).contains(&id.len())
+        && id.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
 }
 
 /// Whether `id` is safe in a path and in the name of a firewall table.

@@ -9,7 +9,7 @@
 use std::net::Ipv4Addr;
 use std::process::Command;
 
-/// Before connection tracking and every ordinary filter.
+/// Before every ordinary filter.
 const PRIORITY: i32 = -300;
 
 /// Name of the tables of `migration`.
@@ -25,6 +25,13 @@ pub fn add(migration: &str, addresses: &[Ipv4Addr]) -> Command {
 /// The command that removes the rules of `migration`; no error when there are none.
 pub fn remove(migration: &str) -> Command {
     nft(remove_script(migration))
+}
+
+/// The command that lets packets of the address pass again, while ARP stays silent: neighbours are
+/// told of the address only once it is announced.
+pub fn open(migration: &str) -> Command {
+    let table = table(migration);
+    nft(format!("add table inet {table}; delete table inet {table}"))
 }
 
 /// The command that lists the names of all tables; see [`migrations_in`].

@@ -21,9 +21,11 @@ const VERSION: u32 = 1;
 pub enum Decision {
     /// Source: the destination shall run the container; the source never thaws it by itself.
     Committed,
-    /// Destination: the container runs here.
+    /// Source: nothing of the container is left here; the destination may forget the migration.
+    Retired,
+    /// Destination: the container runs here, if the file [`paths::decided`] was made by it.
     Released,
-    /// Destination: the container was let go and ended without having run.
+    /// Destination: the restore failed after it was let go, and nothing of it is left.
     Failed,
 }
 
@@ -48,6 +50,9 @@ pub struct Record {
     /// Source: interface that had the address, or empty.
     #[serde(default)]
     pub device: String,
+    /// Source: epoch of the destination, which ends when that host restarts.
+    #[serde(default)]
+    pub epoch: String,
 }
 
 impl Record {
@@ -62,6 +67,7 @@ impl Record {
             destination: String::new(),
             ip: String::new(),
             device: String::new(),
+            epoch: String::new(),
         }
     }
 
@@ -131,15 +137,18 @@ impl Record {
         Ok(records)
     }
 
-    /// Removes the record of `migration`; no error when there is none.
+    /// Removes the record of `migration` and what belongs to it; no error when there is none.
     ///
     /// # Errors
     /// When it cannot be removed.
     pub fn remove(migration: &str) -> io::Result<()> {
-        match fs::remove_file(paths::record(migration)) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-            _ => Ok(()),
+        for path in [paths::record(migration), paths::decided(migration)] {
+            match fs::remove_file(path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
         }
+        Ok(())
     }
 }
 

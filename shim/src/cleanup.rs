@@ -18,6 +18,7 @@ pub(crate) fn cleanup(namespace: &str, id: &str, bundle: &Path) -> u32 {
     let steps = [
         ("remove the container", delete(namespace, id, bundle)),
         ("unmount its root file system", mounts::umount(&bundle.join("rootfs"))),
+        ("remove what is left of its migration", remove_migration(bundle)),
         ("remove the Ferry service's socket", remove_ferry_socket(bundle)),
         ("remove the Task service's socket", remove_task_socket(bundle)),
     ];
@@ -48,6 +49,32 @@ fn delete(namespace: &str, id: &str, bundle: &Path) -> Result<()> {
             let text = String::from_utf8_lossy(&output.stderr).trim().to_string();
             Err(crate::error::Error::internal(format!("runc delete: {text}")))
         }
+    }
+}
+
+/// A shim that was killed in a migration leaves the connection lock and the images; the frozen
+/// tasks have ended with it. A record stays: its driver has to hear of it.
+fn remove_migration(bundle: &Path) -> Result<()> {
+    let Ok(migration) = std::fs::read_to_string(bundle.join(paths::MIGRATION_FILE)) else {
+        return Ok(());
+    };
+    if !paths::is_migration_id(&migration) {
+        return Ok(());
+    }
+    let images = std::fs::remove_dir_all(paths::images(&migration));
+    let output = ferry_oci::quarantine::remove(&migration)
+        .stdin(Stdio::null())
+        .output()
+        .context("run nft")?;
+    if !output.status.success() {
+        let text = String::from_utf8_lossy(&output.stderr).trim().to_string();
+        return Err(crate::error::Error::internal(format!("nft: {text}")));
+    }
+    match images {
+        Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
+            Err(err).context("remove the images")
+        }
+        _ => Ok(()),
     }
 }
 

@@ -49,6 +49,11 @@ impl Error {
         self.code
     }
 
+    /// Whether it took too long, and may still come to an end.
+    pub(crate) fn is_deadline(&self) -> bool {
+        self.code == Code::DEADLINE_EXCEEDED
+    }
+
     /// The same error with `context` in front.
     pub(crate) fn context(self, context: impl Display) -> Self {
         Self { text: format!("{context}: {}", self.text), ..self }

@@ -132,6 +132,57 @@ fn an_agent_killed_in_any_phase_leaves_one_container_and_nothing_else() -> Resul
     kill_everywhere(Victim::Agent)
 }
 
+#[test]
+fn a_driver_killed_again_while_it_settles_changes_nothing_of_the_decision() -> Result<()> {
+    let scene = Scene::start()?;
+    scene.start_redis("a", 1000)?;
+    let empty = traces(scene.host("b"))?;
+    scene.migrate("redis", "a", "b")?;
+    scene.migrate("redis", "b", "a")?;
+    let full = traces(scene.host("a"))?;
+    let client = scene.start_client(5)?;
+    let ip = format!("--ip {FLOATING}/24");
+    // Released there, and nothing done about it here; then killed twice more on the way.
+    for phase in [Phase::Retire, Phase::Retire, Phase::Finish] {
+        let job = stop_at(&scene, "redis", phase.name(), ("a", "b"), &ip)?;
+        kill_ferry(scene.host("a"))?;
+        job.wait(Duration::from_secs(20))?;
+        go_on(scene.host("a"))?;
+        is_served(&scene)?;
+        assert_eq!(task_state(scene.host("b"), "redis")?.as_deref(), Some("RUNNING"));
+    }
+    // It may go home before anybody has settled: what is left of the earlier move is none of it.
+    scene.migrate("redis", "b", "a")?;
+    scene.try_migrate("redis", "a", "b", &ip)?.checked("settle")?;
+    is_served(&scene)?;
+    assert_eq!(task_state(scene.host("a"), "redis")?.as_deref(), Some("RUNNING"));
+    finish_client(client)?;
+    wait_for_traces(scene.host("a"), &full, "settled late")?;
+    wait_for_traces(scene.host("b"), &empty, "settled late")
+}
+
+#[test]
+fn a_shim_killed_in_a_migration_takes_its_container_along_and_nothing_else() -> Result<()> {
+    let scene = Scene::start()?;
+    let before = (traces(scene.host("a"))?, traces(scene.host("b"))?);
+    scene.start_redis("a", 0)?;
+    let ip = format!("--ip {FLOATING}/24");
+    let job = stop_at(&scene, "redis", Phase::Commit.name(), ("a", "b"), &ip)?;
+    scene.host("a").run("pkill -9 -x containerd-shim")?;
+    go_on(scene.host("a"))?;
+    let output = job.wait(Duration::from_secs(60))?;
+    ensure!(!output.status.success(), "it went through: {output}");
+    ensure!(output.stderr.contains("redis has ended on a"), "{output}");
+    scene.host("a").wait_until("the task is gone", |h| {
+        h.output("ctr task rm -f redis; ctr task ls").is_ok_and(|o| !o.stdout.contains("redis"))
+    })?;
+    scene.host("a").run(&format!(
+        "ctr container rm redis; ip addr del {FLOATING}/24 dev eth0; ls /run/ferry/images"
+    ))?;
+    wait_for_traces(scene.host("a"), &before.0, "the shim was killed")?;
+    wait_for_traces(scene.host("b"), &before.1, "the shim was killed")
+}
+
 /// A migration that a broken destination makes fail; the container must not notice.
 fn fails_cleanly(
     scene: &Scene,

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use ferry_oci::record::Record;
@@ -9,15 +10,25 @@ use ferry_oci::{paths, quarantine};
 
 use crate::containerd::Destination as Store;
 use crate::network::address::{self, Cidr};
+use crate::network::announce::gratuitous_arp;
 
-/// Removes everything that carries the migration's mark. Can be repeated, and goes on after a
-/// step that fails.
+/// How long nft may take.
+const NFT: Duration = Duration::from_secs(15);
+
+/// Removes everything that carries the migration's mark. Can be repeated.
 ///
 /// # Errors
 /// With everything that went wrong.
 pub(super) async fn remove(store: &Store, ip: Option<Cidr>) -> Result<()> {
     let migration = store.migration();
     let mut errors: Vec<String> = store.cleanup().await.iter().map(ToString::to_string).collect();
+    // A task that cannot be ended may still run: it keeps its address.
+    if !errors.is_empty() {
+        bail!("{}", errors.join("; "));
+    }
+    // Only an address that is silent for this migration was brought here by it.
+    let tables = run(quarantine::list()).await?;
+    let ip = ip.filter(|_| quarantine::migrations_in(&tables).iter().any(|m| m == migration));
     // The address goes before the rules that keep it silent.
     if let Some(cidr) = ip
         && let Err(error) = address::remove(cidr.ip).await
@@ -60,9 +71,28 @@ fn forget(migration: &str) -> Result<()> {
 /// # Errors
 /// With what nft printed.
 pub(crate) async fn nft(command: Command) -> Result<()> {
-    let output = tokio::process::Command::from(command).output().await.context("start nft")?;
+    run(command).await.map(drop)
+}
+
+async fn run(command: Command) -> Result<String> {
+    let run = tokio::process::Command::from(command).kill_on_drop(true).output();
+    let output = tokio::time::timeout(NFT, run)
+        .await
+        .with_context(|| format!("nft took longer than {} s", NFT.as_secs()))?
+        .context("start nft")?;
     if output.status.success() {
-        return Ok(());
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     bail!("nft: {}", String::from_utf8_lossy(&output.stderr).trim())
+}
+
+/// Announces an address whose container runs here. What fails is told and nothing more: no answer
+/// about the container depends on it.
+pub(super) async fn announce(migration: &str, cidr: Cidr, device: &str) {
+    if let Err(error) = gratuitous_arp(cidr.ip, device) {
+        log::warn!("announce {cidr}: {error:#}");
+    }
+    if let Err(error) = nft(quarantine::remove(migration)).await {
+        log::warn!("open {cidr}: {error:#}");
+    }
 }

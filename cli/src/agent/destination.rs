@@ -22,7 +22,6 @@ use super::incoming::Incoming;
 use crate::containerd::{Blob, Containerd, Destination as Store};
 use crate::lock::{self, Lock};
 use crate::network::address::{self, Cidr};
-use crate::network::announce::gratuitous_arp;
 use crate::shim::{self, Shim};
 use crate::wire::messages::{
     ContainerdAddress, ImageFile, ImageSpec, NewContainer, Reply, Request,
@@ -58,7 +57,8 @@ impl Destination {
         migration: String,
         container: String,
     ) -> Result<Self> {
-        ensure!(paths::is_migration_id(&migration), "{migration} is no id of a migration");
+        ensure!(paths::is_migration_id(&migration), "{migration:?} is no id of a migration");
+        ensure!(paths::is_container_id(&container), "{container:?} is no id of a container");
         let lock = lock::take(&migration, Duration::ZERO).await?;
         let store = containerd.destination(&migration)?;
         store.create_lease().await?;
@@ -115,6 +115,7 @@ impl Destination {
 
     async fn put_container(&mut self, new: NewContainer) -> Result<()> {
         let mut record = new.record;
+        ensure!(record.id == self.container, "{} is not the container announced", record.id);
         if let Some(image) = &self.image {
             record.image.clone_from(image);
         }
@@ -206,26 +207,34 @@ impl Destination {
     /// The commit. An error from here on does not mean that the container is not here.
     async fn commit(&mut self) -> Result<Reply> {
         let shim = self.shim.as_ref().context("there is nothing to commit")?;
+        // Before anything runs, or the program would see its packets refused. Nobody sends here
+        // yet: ARP stays silent until the address is announced.
+        if self.ip.is_some() {
+            nft(ferry_oci::quarantine::open(&self.migration)).await?;
+        }
         self.committed = true;
         let released = shim.release(&self.migration).await?;
         let start = Instant::now();
-        self.open_address().await?;
+        self.announce().await;
         Ok(Reply::Running { release_us: released.release_us, network_us: micros(start) })
     }
 
-    async fn open_address(&self) -> Result<()> {
-        let Some((cidr, device)) = &self.ip else { return Ok(()) };
-        nft(ferry_oci::quarantine::remove(&self.migration)).await?;
-        gratuitous_arp(cidr.ip, device)
+    /// It runs here: what fails now is no reason to say that it does not.
+    async fn announce(&self) {
+        let Some((cidr, device)) = &self.ip else { return };
+        cleanup::announce(&self.migration, *cidr, device).await;
+    }
+
+    /// Whether this is `migration`.
+    pub(super) fn is(&self, migration: &str) -> bool {
+        self.migration == migration
     }
 
     /// Makes what was created permanent and forgets the migration.
     pub(super) async fn finish(self) -> Result<()> {
         ensure!(self.committed, "the migration has not been committed");
         // Again, for neighbours that missed the first one.
-        if let Some((cidr, device)) = &self.ip {
-            gratuitous_arp(cidr.ip, device)?;
-        }
+        self.announce().await;
         cleanup::keep(&self.store).await?;
         Ok(())
     }

@@ -1,11 +1,17 @@
 //! The driver's requests and streams, as they arrive.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, bail};
 use tokio::io::{BufReader, Stdin};
 use tokio::sync::mpsc;
 
 use crate::wire::codec::{self, Frame};
 use crate::wire::messages::Request;
+
+/// How long the driver may be silent. Longer than any dump, during which it has nothing to say; a
+/// connection that died without a word must not hold the migration for ever.
+const SILENCE: Duration = Duration::from_secs(900);
 
 /// The agent's input.
 pub(super) struct Incoming {
@@ -21,7 +27,10 @@ impl Incoming {
 
     /// The next request; `None` when the driver is gone.
     pub(super) async fn request(&mut self) -> Result<Option<Request>> {
-        match codec::read(&mut self.from).await.context("read from the driver")? {
+        let frame = tokio::time::timeout(SILENCE, codec::read(&mut self.from))
+            .await
+            .with_context(|| format!("the driver was silent for {} s", SILENCE.as_secs()))?;
+        match frame.context("read from the driver")? {
             None => Ok(None),
             Some(Frame::Message(bytes)) => {
                 let request: Request =

@@ -99,12 +99,11 @@ impl Agent {
                 let begun =
                     Destination::begin(&self.containerd, address, migration, container).await?;
                 self.migration = Some(begun);
-                Ok(Reply::Done)
+                Ok(Reply::Begun { epoch: settle::epoch()? })
             }
-            Request::Settle { migration, container, ip } => {
-                let outcome =
-                    settle::settle(&self.containerd, &self.address, &migration, &container, ip)
-                        .await?;
+            Request::Settle { migration, container, ip, epoch } => {
+                let question = settle::Question { migration, container, ip, epoch };
+                let outcome = settle::settle(&self.containerd, &self.address, &question).await?;
                 Ok(Reply::Settled(outcome))
             }
             Request::Abort => {
@@ -113,9 +112,11 @@ impl Agent {
                 }
                 Ok(Reply::Done)
             }
-            Request::Finish => {
-                let migration = self.migration.take().context("no migration has begun")?;
-                migration.finish().await?;
+            Request::Finish { migration } => {
+                match self.migration.take() {
+                    Some(own) if own.is(&migration) => own.finish().await?,
+                    _ => settle::finish(&self.containerd, &migration).await?,
+                }
                 Ok(Reply::Done)
             }
             other => {

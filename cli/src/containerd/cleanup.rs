@@ -21,7 +21,8 @@ impl Destination {
     /// nothing else uses. Called again it does no harm; called **after the commit it destroys the
     /// container**, for which [`Destination::keep`] is right.
     ///
-    /// Goes on after an error; gives all of them. None: nothing is left.
+    /// Stops at a task that does not end; goes on after other errors and gives all of them. None:
+    /// nothing is left.
     #[must_use]
     pub(crate) async fn cleanup(&self) -> Vec<Error> {
         let mut errors = Errors::default();
@@ -33,6 +34,10 @@ impl Destination {
         for container in errors.take(self.plain.list_containers(Some(mark)).await) {
             snapshotters.extend(Some(container.snapshotter).filter(|s| !s.is_empty()));
             errors.take(self.plain.end_task(&container.id, PATIENCE).await);
+            // It may still run: nothing is taken away from under it.
+            if !errors.0.is_empty() {
+                return errors.0;
+            }
             errors.take(self.plain.delete_container(&container.id).await);
         }
         for snapshotter in &snapshotters {

@@ -39,6 +39,8 @@ pub(crate) struct Facts<'a> {
     pub(crate) ip: Option<Cidr>,
     /// Interface of the source that has `ip`.
     pub(crate) ip_on_source: Option<&'a str>,
+    /// Addresses of the source that the kernel would remove along with `ip`.
+    pub(crate) goes_along: &'a [std::net::Ipv4Addr],
 }
 
 /// Host paths that the destination must have for this container.
@@ -224,6 +226,12 @@ fn address(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
         let what = format!("{} is on no interface of the source", cidr.ip);
         block(found, "address-missing", what, "give --ip the address that the clients use");
     }
+    if !facts.goes_along.is_empty() {
+        let others: Vec<_> = facts.goes_along.iter().map(ToString::to_string).collect();
+        let what = format!("removing {} would take {} along", cidr.ip, others.join(", "));
+        let cure = "sysctl -w net.ipv4.conf.all.promote_secondaries=1, or add it last";
+        block(found, "address-primary", what, cure);
+    }
     if let Some(device) = &facts.room.address_on {
         let what = format!("the destination has {} already, on {device}", cidr.ip);
         block(
@@ -248,10 +256,12 @@ fn connections(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
     let moved = facts.ip.map(|c| IpAddr::V4(c.ip));
     for socket in &container.sockets {
         let (local, remote) = (socket.local, socket.remote);
-        let follows = Some(local.ip()) == moved || inside(container, socket);
+        // A peer that is on the moved address itself is a process of the source host.
+        let stays = Some(remote.ip()) == moved;
+        let follows = Some(local.ip()) == moved && !stays || inside(container, socket);
         let everywhere = local.ip().is_unspecified();
         if socket.connected && !follows {
-            let cure = if remote.ip().is_loopback() {
+            let cure = if remote.ip().is_loopback() || stays {
                 "its peer stays behind: connect over the moved address, or end it"
             } else {
                 "only connections on the address given to --ip can follow: end it"

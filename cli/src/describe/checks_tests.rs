@@ -88,6 +88,7 @@ struct Case {
     room: RoomFacts,
     ip: Option<Cidr>,
     on_source: Option<&'static str>,
+    along: Vec<std::net::Ipv4Addr>,
 }
 
 fn names(change: impl FnOnce(&mut Case)) -> Vec<&'static str> {
@@ -98,6 +99,7 @@ fn names(change: impl FnOnce(&mut Case)) -> Vec<&'static str> {
         room: place(),
         ip: Some("10.77.0.100/24".parse().unwrap()),
         on_source: Some("eth0"),
+        along: Vec::new(),
     };
     change(&mut case);
     let facts = Facts {
@@ -107,6 +109,7 @@ fn names(change: impl FnOnce(&mut Case)) -> Vec<&'static str> {
         room: &case.room,
         ip: case.ip,
         ip_on_source: case.on_source,
+        goes_along: &case.along,
     };
     blockers(&facts).into_iter().map(|b| b.name).collect()
 }
@@ -119,7 +122,7 @@ fn a_plain_container_is_not_blocked() {
 #[test]
 fn each_obstacle_is_refused_by_its_name() {
     type Change = fn(&mut Case);
-    let cases: [(&str, Change); 34] = [
+    let cases: [(&str, Change); 35] = [
         ("criu-missing", |c| c.destination.criu = None),
         ("runc-missing", |c| c.source.runc = None),
         ("nft-missing", |c| c.destination.nft = false),
@@ -163,6 +166,7 @@ fn each_obstacle_is_refused_by_its_name() {
         ("hook", |c| c.container.hooks = vec!["/usr/bin/nerdctl".into()]),
         ("snapshotter", |c| c.container.snapshotter = "btrfs".into()),
         ("ip-unused", |c| c.container.network = Network::Loopback),
+        ("address-primary", |c| c.along = vec!["10.77.0.1".parse().unwrap()]),
         ("address-missing", |c| c.on_source = None),
         ("address-taken", |c| c.room.address_on = Some("eth0".into())),
         ("address-network", |c| c.room.device = None),
@@ -179,6 +183,8 @@ fn each_obstacle_is_refused_by_its_name() {
 fn connections_that_cannot_follow_are_named() {
     let outbound = connection("10.77.0.1:40000", "10.77.0.9:6379");
     assert_eq!(names(|c| c.container.sockets.push(outbound)), ["connection"]);
+    let left = connection("10.77.0.100:6379", "10.77.0.100:5000");
+    assert_eq!(names(|c| c.container.sockets.push(left)), ["connection"]);
     let local = connection("127.0.0.1:6379", "127.0.0.1:5000");
     assert_eq!(names(|c| c.container.sockets.push(local.clone())), ["connection"]);
     let both = [local, connection("127.0.0.1:5000", "127.0.0.1:6379")];

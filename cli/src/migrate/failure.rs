@@ -11,6 +11,8 @@ pub(crate) enum Whereabouts {
     Source,
     /// It runs on the destination.
     Destination,
+    /// Its shim on the source is gone, and it with it.
+    Gone,
     /// Frozen on the source, until the destination has been asked.
     InDoubt,
 }
@@ -58,6 +60,10 @@ impl Failure {
     pub(crate) fn tell(&self, container: &str, source: &str, destination: &str) -> String {
         let mut text = format!("{}: {:#}", self.phase.name(), self.cause);
         text += &match self.whereabouts {
+            Whereabouts::Source if self.phase <= Phase::Plan => "\nnothing has changed".to_owned(),
+            Whereabouts::Gone => format!(
+                "\n{container} has ended on {source}: its shim is gone, and its processes with it"
+            ),
             Whereabouts::Source => format!("\n{container} runs on {source}, its connections alive"),
             Whereabouts::Destination => format!(
                 "\n{container} runs on {destination}; run the same command again to remove what \

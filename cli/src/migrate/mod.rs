@@ -113,7 +113,10 @@ async fn run_locked(options: Options) -> Result<()> {
         Ok(frozen) => frozen,
         Err(failure) => return Err(migration.rollback(failure, &source, link).await),
     };
-    if let Err(failure) = migration.commit(&source).await {
+    if let Err(failure) = migration.commit(&source, &frozen.epoch).await
+        // A reply that was lost is no decision that was not taken.
+        && Record::read(&migration.id).ok().flatten().is_none()
+    {
         return Err(migration.rollback(failure, &source, link).await);
     }
     // Committed: no rollback from here on.
@@ -126,6 +129,8 @@ struct Held {
     frozen_at: Instant,
     freeze_us: u64,
     stdout: String,
+    /// Of the destination.
+    epoch: String,
 }
 
 impl Migration {
@@ -166,6 +171,10 @@ impl Migration {
                 Some(cidr) => address::device_with(cidr.ip)?,
                 None => None,
             };
+            let goes_along = match (options.ip, &device) {
+                (Some(cidr), Some(device)) => address::goes_along(&cidr, device)?,
+                _ => Vec::new(),
+            };
             let found = blockers(&Facts {
                 source: &here,
                 destination: &there,
@@ -173,6 +182,7 @@ impl Migration {
                 room: &room,
                 ip: options.ip,
                 ip_on_source: device.as_deref(),
+                goes_along: &goes_along,
             });
             let plan = Plan {
                 container: options.container.clone(),
@@ -204,11 +214,15 @@ impl Migration {
         let stdout = stdio.stdout.clone();
 
         let patience = Phase::Image.deadline();
-        bytes.image = timeline
+        let epoch;
+        (bytes.image, epoch) = timeline
             .run(Phase::Image, async {
                 let container = options.container.clone();
                 let begin = Request::Begin { migration: id.clone(), container };
-                link.order(&begin, patience).await?;
+                let epoch = match link.ask(&begin, patience).await? {
+                    Reply::Begun { epoch } => epoch,
+                    other => return Err(unexpected(&other)),
+                };
                 let sent = source.send_blobs(link, patience).await?;
                 let image = ImageSpec {
                     name: source.image.name.clone(),
@@ -218,7 +232,7 @@ impl Migration {
                     chain: source.content.chain_id().to_owned(),
                 };
                 link.order(&Request::PutImage(image), patience).await?;
-                Ok(sent)
+                Ok((sent, epoch))
             })
             .await?;
 
@@ -268,12 +282,12 @@ impl Migration {
                 }
             })
             .await?;
-        Ok(Held { frozen_at, freeze_us, stdout })
+        Ok(Held { frozen_at, freeze_us, stdout, epoch })
     }
 
-    async fn commit(&mut self, source: &Source) -> Result<(), Failure> {
+    async fn commit(&mut self, source: &Source, epoch: &str) -> Result<(), Failure> {
         let (to, ip) = (&self.options.to.0, self.options.ip);
-        self.timeline.run(Phase::Commit, source.commit(to, ip, &self.device)).await
+        self.timeline.run(Phase::Commit, source.commit(to, ip, &self.device, epoch)).await
     }
 
     /// After the commit: release there, retire here. Whatever fails is settled with the
@@ -313,14 +327,14 @@ impl Migration {
             return Err(self.tell(&failure.at(Whereabouts::Destination)));
         }
         let patience = Phase::Finish.deadline();
-        let finish = link.order(&Request::Finish, patience);
+        let order = Request::Finish { migration: self.id.clone() };
+        let finish = link.order(&order, patience);
         if let Err(failure) = self.timeline.run(Phase::Finish, finish).await {
             // Only marks are left there; another agent removes them.
             drop(link);
-            settle::ask(&self.options, &record)
+            settle::finish(&self.options, &self.id)
                 .await
                 .map_err(|_| self.tell(&failure.at(Whereabouts::Destination)))?;
-            source::forget(&self.id)?;
             warnings.push("the first agent was lost while it finished".to_owned());
             let times = (release_us, network_us);
             return Ok(self.report(held, source, times, downtime_us, 0, warnings));
@@ -337,8 +351,12 @@ impl Migration {
         if failure.phase() >= Phase::Freeze
             && let Err(error) = source.thaw().await
         {
-            let what = format!("thaw here: {error:#}");
-            failure = failure.leaves(what).at(Whereabouts::InDoubt);
+            let gone = source.is_gone(&self.options.containerd).await;
+            let at = if gone { Whereabouts::Gone } else { Whereabouts::InDoubt };
+            failure = failure.leaves(format!("thaw here: {error:#}")).at(at);
+            if gone && let Err(error) = source::clear(&self.id).await {
+                failure = failure.leaves(format!("{error:#}"));
+            }
         }
         let patience = Duration::from_secs(60);
         if link.order(&Request::Abort, patience).await.is_err() {
@@ -346,7 +364,7 @@ impl Migration {
             // ends, and a second one waits for it or does it in its place.
             let host = link.host().to_owned();
             drop(link);
-            let settled = settle::ask_about(&self.options, &self.id, self.options.ip).await;
+            let settled = settle::ask_about(&self.options, &self.id, self.options.ip, "").await;
             if let Err(error) = settled {
                 failure = failure.leaves(format!(
                     "{host} may have leftovers of migration {}, which it removes when it is \

@@ -8,10 +8,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use ferry_oci::api::ferry::{CommitRequest, DumpResponse};
 use ferry_oci::layer::{self, Manifest, Pass};
-use ferry_oci::record::Record;
+use ferry_oci::record::{Decision, Record};
 use ferry_oci::{paths, quarantine};
 
 use crate::agent::cleanup::nft;
@@ -234,12 +234,19 @@ impl Source {
     ///
     /// # Errors
     /// When the shim has rolled back already (its lease or its limit ended); nothing is decided.
-    pub(super) async fn commit(&self, to: &str, ip: Option<Cidr>, device: &str) -> Result<()> {
+    pub(super) async fn commit(
+        &self,
+        to: &str,
+        ip: Option<Cidr>,
+        device: &str,
+        epoch: &str,
+    ) -> Result<()> {
         let request = CommitRequest {
             migration: self.migration.clone(),
             destination: to.to_owned(),
             ip: ip.map(|c| c.to_string()).unwrap_or_default(),
             device: device.to_owned(),
+            epoch: epoch.to_owned(),
             ..Default::default()
         };
         self.shim.commit(request).await
@@ -252,10 +259,17 @@ impl Source {
     pub(super) async fn thaw(&self) -> Result<()> {
         self.shim.thaw(&self.migration).await
     }
+
+    /// Whether the shim has ended, and its container with it.
+    pub(super) async fn is_gone(&self, address: &ContainerdAddress) -> bool {
+        let id = &self.record.id;
+        let bundle = shim::bundle(&address.socket, &address.namespace, id);
+        matches!(Shim::connect(&bundle, id).await, Ok(None))
+    }
 }
 
 /// Ends what is left on the source of a container that runs on the destination. Every step can be
-/// repeated, so that it can be taken up by another driver.
+/// repeated, so that it can be taken up by another driver; the record says so at the end.
 ///
 /// # Errors
 /// When a step fails; the ones after it have not been taken.
@@ -265,15 +279,28 @@ pub(super) async fn retire(
     record: &Record,
 ) -> Result<()> {
     let bundle = shim::bundle(&address.socket, &address.namespace, &record.container);
-    if let Ok(Some(shim)) = Shim::connect(&bundle, &record.container).await {
-        shim.retire(&record.migration).await.context("end the frozen tasks")?;
+    let there = match Shim::connect(&bundle, &record.container).await? {
+        Some(shim) => shim.find().await?.map(|d| (shim, d.migration)),
+        // A shim that is gone has taken the frozen tasks with it.
+        None => None,
+    };
+    // A container of that name that has come back since is none of this migration's.
+    let another = there.as_ref().is_some_and(|(_, migration)| *migration != record.migration);
+    if !another {
+        if let Some((shim, migration)) = &there {
+            shim.retire(migration).await.context("end the frozen tasks")?;
+        }
+        if let Ok(cidr) = record.ip.parse::<Cidr>() {
+            address::remove(cidr.ip).await?;
+        }
     }
-    if let Ok(cidr) = record.ip.parse::<Cidr>() {
-        address::remove(cidr.ip).await?;
+    clear(&record.migration).await?;
+    if !another {
+        containerd.delete_source(&record.container).await?;
     }
-    nft(quarantine::remove(&record.migration)).await?;
-    containerd.delete_source(&record.container).await?;
-    remove_images(&record.migration)
+    let mut retired = record.clone();
+    retired.decision = Decision::Retired;
+    retired.write().context("record that nothing is left here")
 }
 
 /// Brings a container back whose destination has said that it does not run it.
@@ -282,10 +309,23 @@ pub(super) async fn retire(
 /// When the shim is gone, and the container with it.
 pub(super) async fn revert(address: &ContainerdAddress, record: &Record) -> Result<()> {
     let bundle = shim::bundle(&address.socket, &address.namespace, &record.container);
-    let shim = Shim::connect(&bundle, &record.container)
-        .await?
-        .with_context(|| format!("the shim of {} is gone", record.container))?;
-    shim.revert(&record.migration).await
+    if let Some(shim) = Shim::connect(&bundle, &record.container).await?
+        && shim.find().await?.is_some_and(|d| d.migration == record.migration)
+    {
+        return shim.revert(&record.migration).await;
+    }
+    clear(&record.migration).await?;
+    forget(&record.migration)?;
+    bail!("{} has ended here too: its shim is gone, and its processes with it", record.container)
+}
+
+/// Removes what a shim leaves that was killed in a migration.
+///
+/// # Errors
+/// When nft or the file system refuses.
+pub(super) async fn clear(migration: &str) -> Result<()> {
+    nft(quarantine::remove(migration)).await?;
+    remove_images(migration)
 }
 
 /// Forgets a migration that is over on both sides.

@@ -4,11 +4,17 @@ use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::str::FromStr;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use futures_util::TryStreamExt;
 use nix::ifaddrs::getifaddrs;
 use serde::{Deserialize, Serialize};
+
+use super::announce::is_ethernet;
+
+/// How long the kernel may take to answer.
+const KERNEL: Duration = Duration::from_secs(15);
 
 /// An IPv4 address with the length of its network's prefix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,15 +87,41 @@ pub(crate) fn device_with(ip: Ipv4Addr) -> io::Result<Option<String>> {
     Ok(own_addresses()?.into_iter().find(|(_, address)| *address == ip).map(|(name, _)| name))
 }
 
-/// The interface of this host whose network `cidr` belongs to.
+/// The Ethernet interface of this host whose network `cidr` belongs to; on others an address cannot
+/// be announced.
 ///
 /// # Errors
 /// When the interfaces cannot be read.
 pub(crate) fn device_for(cidr: &Cidr) -> io::Result<Option<String>> {
     Ok(own_addresses()?
         .into_iter()
+        .filter(|(name, _)| is_ethernet(name))
         .find(|(_, address)| !address.is_loopback() && *address != cidr.ip && cidr.holds(*address))
         .map(|(name, _)| name))
+}
+
+/// Addresses of the same network and device that the kernel would remove along with `cidr`: those
+/// that were added after it. None when the device promotes them instead.
+///
+/// # Errors
+/// When the interfaces cannot be read.
+pub(crate) fn goes_along(cidr: &Cidr, device: &str) -> io::Result<Vec<Ipv4Addr>> {
+    let promotes = |name: &str| {
+        std::fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{name}/promote_secondaries"))
+            .is_ok_and(|text| text.trim() == "1")
+    };
+    if promotes(device) || promotes("all") {
+        return Ok(Vec::new());
+    }
+    // The kernel lists the addresses of a network in the order in which they were added.
+    let mut same = own_addresses()?
+        .into_iter()
+        .filter(|(name, address)| name == device && cidr.holds(*address))
+        .map(|(_, address)| address);
+    match same.next() {
+        Some(first) if first == cidr.ip => Ok(same.collect()),
+        _ => Ok(Vec::new()),
+    }
 }
 
 fn own_addresses() -> io::Result<Vec<(String, Ipv4Addr)>> {
@@ -103,6 +135,14 @@ fn own_addresses() -> io::Result<Vec<(String, Ipv4Addr)>> {
 /// # Errors
 /// When the device is not there or the kernel refuses.
 pub(crate) async fn add(cidr: Cidr, device: &str) -> Result<()> {
+    within(add_now(cidr, device)).await
+}
+
+async fn within<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::time::timeout(KERNEL, work).await.context("the kernel does not answer rtnetlink")?
+}
+
+async fn add_now(cidr: Cidr, device: &str) -> Result<()> {
     let (connection, handle, _) = rtnetlink::new_connection().context("open rtnetlink")?;
     let task = tokio::spawn(connection);
     let result = async {
@@ -125,6 +165,10 @@ pub(crate) async fn add(cidr: Cidr, device: &str) -> Result<()> {
 /// # Errors
 /// When the kernel refuses.
 pub(crate) async fn remove(ip: Ipv4Addr) -> Result<()> {
+    within(remove_now(ip)).await
+}
+
+async fn remove_now(ip: Ipv4Addr) -> Result<()> {
     let (connection, handle, _) = rtnetlink::new_connection().context("open rtnetlink")?;
     let task = tokio::spawn(connection);
     let result = async {

@@ -32,6 +32,11 @@ pub(crate) fn gratuitous_arp(ip: Ipv4Addr, device: &str) -> Result<()> {
     Ok(())
 }
 
+/// Whether `device` has a hardware address that can be announced.
+pub(crate) fn is_ethernet(device: &str) -> bool {
+    hardware_address(device).is_ok()
+}
+
 fn hardware_address(device: &str) -> Result<[u8; 6]> {
     let path = format!("/sys/class/net/{device}/address");
     let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;

@@ -50,8 +50,12 @@ pub(crate) enum Request {
     Restore,
     /// The commit: the container runs here from now on.
     Commit,
-    /// Makes what was created permanent and forgets the migration.
-    Finish,
+    /// Makes what was created permanent and forgets the migration. Can be repeated, by another
+    /// agent too.
+    Finish {
+        /// Id of the migration.
+        migration: String,
+    },
     /// Undoes everything.
     Abort,
     /// What became of a migration whose driver or agent was lost. What was not committed is undone.
@@ -62,6 +66,8 @@ pub(crate) enum Request {
         container: String,
         /// The address that was to move.
         ip: Option<Cidr>,
+        /// What `Begin` was answered with; empty when nothing was committed.
+        epoch: String,
     },
 }
 
@@ -127,6 +133,11 @@ pub(crate) enum Reply {
     Room(RoomFacts),
     /// To `MissingBlobs`.
     Missing(Vec<Blob>),
+    /// To `Begin`.
+    Begun {
+        /// Differs after every start of this host.
+        epoch: String,
+    },
     /// Done, nothing more to say.
     Done,
     /// To `Restore`: held.

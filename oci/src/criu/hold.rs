@@ -57,10 +57,19 @@ impl Hold {
     /// Writes script and FIFOs into `work`. `namespaces` is a shell command that the script runs
     /// at post-setup-namespaces, with the pid of init in `$CRTOOLS_INIT_PID`; it fails the restore
     /// if it fails.
-    pub fn prepare(work: &Path, namespaces: Option<&str>) -> Result<Self, HoldError> {
+    ///
+    /// `decided` is a file that the script makes, and must be the one to make, before it lets the
+    /// tasks run. Whoever else makes it first has decided that they never will.
+    pub fn prepare(
+        work: &Path,
+        namespaces: Option<&str>,
+        decided: Option<&Path>,
+    ) -> Result<Self, HoldError> {
         let plain = |b: &u8| b.is_ascii_alphanumeric() || b"/._-+:@".contains(b);
-        if !work.as_os_str().as_encoded_bytes().iter().all(plain) {
-            return Err(HoldError::Path(work.to_owned()));
+        for path in [Some(work), decided].into_iter().flatten() {
+            if !path.as_os_str().as_encoded_bytes().iter().all(plain) {
+                return Err(HoldError::Path(path.to_owned()));
+            }
         }
         for name in ["held", "decision"] {
             let path = work.join(name);
@@ -70,7 +79,7 @@ impl Hold {
         }
         remove(&work.join("released"))?;
         let script = work.join("hold.sh");
-        std::fs::write(&script, text(work, std::process::id(), namespaces))
+        std::fs::write(&script, text(work, std::process::id(), namespaces, decided))
             .map_err(HoldError::io("write the hold's script"))?;
         std::fs::set_permissions(&script, Permissions::from_mode(0o700))
             .map_err(HoldError::io("make the hold's script executable"))?;
@@ -147,8 +156,13 @@ fn open(path: &Path) -> Result<File, HoldError> {
         .map_err(HoldError::io("open a fifo of the hold"))
 }
 
-fn text(work: &Path, holder: u32, namespaces: Option<&str>) -> String {
+fn text(work: &Path, holder: u32, namespaces: Option<&str>, decided: Option<&Path>) -> String {
     let work = work.display();
+    // With noclobber, a redirection fails where the file exists.
+    let decide = match decided {
+        Some(path) => format!("(set -C; : >{}) || exit 1", path.display()),
+        None => ":".to_owned(),
+    };
     let namespaces = namespaces.unwrap_or(":");
     format!(
         r#"#!/bin/sh
@@ -164,6 +178,7 @@ post-restore)
     echo "$CRTOOLS_INIT_PID" 1<>held
     read -r decision <decision || exit 1
     [ "$decision" = go ] || exit 1
+    {decide}
     : >released
     ;;
 esac
@@ -199,7 +214,7 @@ mod tests {
     #[test]
     fn go_lets_the_restore_pass_also_when_called_twice() {
         let dir = tempfile::tempdir().unwrap();
-        let mut hold = Hold::prepare(dir.path(), None).unwrap();
+        let mut hold = Hold::prepare(dir.path(), None, None).unwrap();
         let mut script = call(&hold, "post-restore");
         assert_eq!(wait_held(&mut hold), 4711);
         assert!(script.try_wait().unwrap().is_none(), "the script must wait");
@@ -211,7 +226,7 @@ mod tests {
     #[test]
     fn refusing_fails_the_restore() {
         let dir = tempfile::tempdir().unwrap();
-        let mut hold = Hold::prepare(dir.path(), None).unwrap();
+        let mut hold = Hold::prepare(dir.path(), None, None).unwrap();
         let mut script = call(&hold, "post-restore");
         wait_held(&mut hold);
         hold.refuse().unwrap();
@@ -221,7 +236,7 @@ mod tests {
     #[test]
     fn a_holder_that_goes_away_fails_the_restore() {
         let dir = tempfile::tempdir().unwrap();
-        let mut hold = Hold::prepare(dir.path(), None).unwrap();
+        let mut hold = Hold::prepare(dir.path(), None, None).unwrap();
         let mut script = call(&hold, "post-restore");
         wait_held(&mut hold);
         std::thread::sleep(Duration::from_millis(50));
@@ -232,7 +247,7 @@ mod tests {
     #[test]
     fn other_actions_pass_at_once() {
         let dir = tempfile::tempdir().unwrap();
-        let hold = Hold::prepare(dir.path(), None).unwrap();
+        let hold = Hold::prepare(dir.path(), None, None).unwrap();
         for action in ["pre-restore", "setup-namespaces", "post-setup-namespaces", "pre-resume"] {
             assert!(call(&hold, action).wait().unwrap().success(), "{action}");
         }
@@ -241,7 +256,8 @@ mod tests {
     #[test]
     fn the_namespace_command_runs_and_can_fail_the_restore() {
         let dir = tempfile::tempdir().unwrap();
-        let hold = Hold::prepare(dir.path(), Some("echo $CRTOOLS_INIT_PID >pid; exit 3")).unwrap();
+        let hold =
+            Hold::prepare(dir.path(), Some("echo $CRTOOLS_INIT_PID >pid; exit 3"), None).unwrap();
         let status = call(&hold, "post-setup-namespaces").wait().unwrap();
         assert_eq!(status.code(), Some(3));
         assert_eq!(std::fs::read_to_string(dir.path().join("pid")).unwrap(), "4711\n");
@@ -249,7 +265,7 @@ mod tests {
 
     #[test]
     fn paths_that_a_shell_would_read_differently_are_refused() {
-        let err = Hold::prepare(Path::new("/tmp/a b"), None).unwrap_err();
+        let err = Hold::prepare(Path::new("/tmp/a b"), None, None).unwrap_err();
         assert!(matches!(err, HoldError::Path(_)), "{err}");
     }
 }

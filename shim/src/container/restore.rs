@@ -41,6 +41,8 @@ pub(crate) struct HoldParams {
     /// Shell command run once the namespaces are there, with the pid of init in
     /// `$CRTOOLS_INIT_PID`; the restore fails if it fails.
     pub(crate) namespaces: Option<String>,
+    /// File that the release makes before anything runs; see [`Hold::prepare`].
+    pub(crate) decided: Option<PathBuf>,
 }
 
 /// A restore under way: runc, and what is needed to take over the process it makes.
@@ -104,8 +106,9 @@ impl Container {
         let _op = self.op.write().await;
         admit(self.snapshot().status, Op::Restore)?;
         std::fs::create_dir_all(&params.work).context("make the work folder")?;
-        let mut hold = Hold::prepare(&params.work, hold.namespaces.as_deref())
-            .context("prepare to hold the restore")?;
+        let mut hold =
+            Hold::prepare(&params.work, hold.namespaces.as_deref(), hold.decided.as_deref())
+                .context("prepare to hold the restore")?;
         let mut attempt = self.begin(&params, Some(hold.script()))?;
         match until_held(&mut hold, &mut attempt, params.deadline).await {
             Ok(pid) => {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ferry_oci::api::ferry::{Phase, ReleaseResponse, RestoreResponse};
+use ferry_oci::paths;
 use ferry_oci::record::{Decision, Record};
 use log::warn;
 
@@ -16,8 +17,8 @@ use crate::error::{Context as _, Error, Result};
 
 /// How long CRIU may take to restore.
 const RESTORE: Duration = Duration::from_secs(120);
-/// How long runc may take to return after the release.
-const RELEASE: Duration = Duration::from_secs(50);
+/// How long runc may take to return after the release. Callers give up earlier and ask again.
+const RELEASE: Duration = Duration::from_secs(900);
 
 /// Brings up the loopback device of a network namespace that CRIU has just made: CRIU leaves it
 /// down, and connections over it cannot be restored then.
@@ -54,7 +55,9 @@ impl Move {
         let params = RestoreParams { images, work, extra: Vec::new(), deadline: RESTORE };
         let hold = HoldParams {
             namespaces: has_private_network(container.bundle())?.then(|| LOOPBACK_UP.to_owned()),
+            decided: Some(paths::decided(migration)),
         };
+        std::fs::create_dir_all(paths::RECORDS).context("make the folder of records")?;
         self.enter(Phase::PHASE_RESTORING, migration);
         let held = match container.restore_held(params, hold).await {
             Ok(held) => held,
@@ -78,8 +81,9 @@ impl Move {
         Ok(RestoreResponse { pid, restore_us: micros(start), ..Default::default() })
     }
 
-    /// **The commit, here.** The record is written before anything runs: whoever asks later is
-    /// answered from it.
+    /// **The commit, here.** The record is written first; it holds from the moment in which the
+    /// restore itself makes [`paths::decided`], just before the tasks run. A shim that is killed
+    /// in between has released nothing.
     pub(super) async fn release(&self, side: &mut Side) -> Result<ReleaseResponse> {
         let Side::Destination(destination) = side else {
             return Err(Error::failed_precondition("the container is not arriving"));
@@ -96,16 +100,20 @@ impl Move {
             return Err(error).context("write the record of the release");
         }
         // Undecided is over, and so is what hangs on the lease.
+        self.enter(Phase::PHASE_RELEASING, &destination.migration);
         match held.release(RELEASE).await {
             Ok(_) => {
                 self.enter(Phase::PHASE_RELEASED, &destination.migration);
                 Ok(ReleaseResponse { release_us: micros(start), ..Default::default() })
             }
+            // It may run, or come to run: stays "releasing" until somebody looks after it.
+            Err(error) if error.is_deadline() => Err(error),
             Err(error) => {
-                self.enter(Phase::PHASE_FAILED, &destination.migration);
+                // The record first: who sees the phase may read it.
                 if let Err(error) = record(Decision::Failed).write() {
                     warn!("write the record of a failed release: {error}");
                 }
+                self.enter(Phase::PHASE_FAILED, &destination.migration);
                 Err(error)
             }
         }

@@ -120,7 +120,7 @@ impl Ferry for FerryService {
         finish(async move {
             let mut side = a_move.side.lock().await;
             // Given back already: by a failed freeze, a lost lease, or the limit.
-            if matches!(*side, Side::None) {
+            if !matches!(*side, Side::Source(_)) {
                 return Ok(Empty::new());
             }
             a_move.admit(Step::Thaw, &request.migration)?;
@@ -140,6 +140,7 @@ impl Ferry for FerryService {
             record.destination = request.destination;
             record.ip = request.ip;
             record.device = request.device;
+            record.epoch = request.epoch;
             a_move.commit(&mut side, &record)?;
             Ok(Empty::new())
         })

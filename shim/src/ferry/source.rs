@@ -54,7 +54,7 @@ impl AtSource {
 }
 
 impl Move {
-    /// Locks the connections, then freezes.
+    /// Freezes, then locks the connections.
     pub(super) async fn freeze(
         self: &Arc<Self>,
         side: &mut Side,
@@ -75,26 +75,28 @@ impl Move {
         let limit = Duration::from_secs(request.limit_s.into()).min(MAX_LIMIT);
         let freezer = Freezer::of(snapshot.pid).context("find the freezer")?;
         let reservation = container.reserve("is being migrated")?;
-        let start = Instant::now();
-        let locked = !addresses.is_empty();
-        if locked {
-            lock(containers, &request.migration, &addresses).await?;
-        }
-        let lock_us = micros(start);
+        // Asked once and kept: not between freeze and resume.
+        container.runtime().version().await;
+        leave_note(&container, &request.migration)?;
         let (handle, freezing) = (freezer.clone(), freezer.clone());
         let frozen = tokio::task::spawn_blocking(move || handle.freeze(FREEZER))
             .await
             .context("freeze")?
             .context("freeze");
-        let took = match frozen {
-            Ok(took) => took,
-            Err(error) => {
-                if locked && let Err(error) = unlock(containers, &request.migration).await {
-                    warn!("{error}");
-                }
-                return Err(error);
-            }
-        };
+        let took = frozen.inspect_err(|_| remove_note(&container))?;
+        // Not before the freeze: the program would see its packets refused. What the kernel
+        // acknowledges until the lock is there is in the dump.
+        let start = Instant::now();
+        let locked = !addresses.is_empty();
+        if locked && let Err(error) = lock(containers, &request.migration, &addresses).await {
+            // nft may have been ended after it had done its work.
+            let unlocked = unlock(containers, &request.migration).await;
+            let thawed = freezing.thaw(FREEZER);
+            remove_note(&container);
+            warn!("after a failed lock: unlock {unlocked:?}, thaw {thawed:?}");
+            return Err(error);
+        }
+        let lock_us = micros(start);
         *side = Side::Source(AtSource {
             lease: lease.clone(),
             migration: request.migration.clone(),
@@ -175,22 +177,23 @@ impl Move {
     /// Gives the container back: thawed, unlocked, nothing left of the migration.
     pub(super) async fn thaw(&self, side: &mut Side, containers: &Containers) -> Result<()> {
         let source = at_source(side)?;
+        // Unlocked first, or the program would see its packets refused.
+        let unlocked = match source.locked {
+            true => unlock(containers, &source.migration).await,
+            false => Ok(()),
+        };
         let freezer = source.freezer.clone();
         tokio::task::spawn_blocking(move || freezer.thaw(FREEZER))
             .await
             .context("thaw")?
             .context("thaw")?;
-        // From here on it runs: what fails below is told and does not undo that.
-        let unlocked = match source.locked {
-            true => unlock(containers, &source.migration).await,
-            false => Ok(()),
-        };
         let images = source.images();
         if let Err(error) = std::fs::remove_dir_all(&images)
             && error.kind() != std::io::ErrorKind::NotFound
         {
             warn!("remove {}: {error}", images.display());
         }
+        remove_note(&source.container);
         if unlocked.is_ok() {
             self.enter(Phase::PHASE_NONE, "");
             *side = Side::None;
@@ -244,6 +247,16 @@ impl Move {
         self.enter(Phase::PHASE_RETIRED, &source.migration);
         Ok(())
     }
+}
+
+/// Names the migration in the bundle, for the `delete` action after a shim that was killed.
+fn leave_note(container: &Container, migration: &str) -> Result<()> {
+    let path = container.bundle().join(paths::MIGRATION_FILE);
+    std::fs::write(path, migration).context("name the migration in the bundle")
+}
+
+fn remove_note(container: &Container) {
+    let _ = std::fs::remove_file(container.bundle().join(paths::MIGRATION_FILE));
 }
 
 fn at_source(side: &mut Side) -> Result<&mut AtSource> {
