@@ -92,8 +92,8 @@ impl fmt::Display for Op {
     }
 }
 
-/// Whether `op` is legal in `status`; the refusal is FAILED_PRECONDITION, except that a signal to
-/// a process that is gone is NOT_FOUND, which is what containerd's clients expect.
+/// Whether `op` is legal in `status`; the refusal is FAILED_PRECONDITION, except that what is gone
+/// is NOT_FOUND, which is what containerd's clients expect.
 pub(crate) fn admit(status: Status, op: Op) -> Result<()> {
     use Status::{Created, Held, Paused, Pending, Running, Stopped};
     let legal = match op {
@@ -111,6 +111,8 @@ pub(crate) fn admit(status: Status, op: Op) -> Result<()> {
         (_, Op::Kill, Pending | Stopped | Status::Deleted) => {
             Err(Error::not_found("process already finished or not started"))
         }
+        // Two clients may delete at once: the second one must read that there is nothing left.
+        (_, _, Status::Deleted) => Err(Error::not_found(format!("cannot {op}: no such task"))),
         _ => Err(Error::failed_precondition(format!("cannot {op} a task that is {status}"))),
     }
 }

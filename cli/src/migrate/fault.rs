@@ -8,7 +8,12 @@ use ferry_cli::phase::Phase;
 pub(crate) async fn point(phase: Phase) {
     let Ok(wanted) = std::env::var("FERRY_FAULT") else { return };
     let Some((name, file)) = wanted.split_once(':') else { return };
-    if name != phase.name() || std::fs::write(file, phase.name()).is_err() {
+    // Once: a second pass over the same phase is somebody else's loss being settled.
+    static STOOD: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+    if name != phase.name()
+        || STOOD.swap(true, std::sync::atomic::Ordering::Relaxed)
+        || std::fs::write(file, phase.name()).is_err()
+    {
         return;
     }
     while std::path::Path::new(file).exists() {
