@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use ferry_tests::scene::{
     FLOATING, RUNTIME, finish_client, go_on, stop_at, task_state, traces, wait_for_traces,
 };
@@ -205,7 +205,12 @@ fn what_a_client_sends_while_nothing_runs_is_answered_after_the_move() -> Result
     std::thread::sleep(Duration::from_millis(500));
     go_on(scene.host("a"))?;
     job.wait(Duration::from_secs(60))?.checked("ferry migrate")?;
-    client.wait_for("got +PONG", Duration::from_secs(20))
+    let seen = |host: &Host| {
+        host.output("ss -tniO '( sport = :6379 or dport = :6379 )'; ip neigh; nft list ruleset")
+    };
+    client.wait_for("got +PONG", Duration::from_secs(20)).with_context(|| {
+        format!("client {:?}\nb {:?}", seen(scene.lab.client()), seen(scene.host("b")))
+    })
 }
 
 #[test]

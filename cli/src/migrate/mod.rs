@@ -46,6 +46,11 @@ use timeline::Timeline;
 /// The only mode so far.
 const MODE: &str = "stop";
 
+/// How often the container is frozen and dumped before a migration is given up.
+const DUMPS: usize = 3;
+/// How long it runs between two tries.
+const BETWEEN_DUMPS: Duration = Duration::from_millis(200);
+
 /// What the operator asked for.
 #[derive(Debug, Clone)]
 pub(crate) struct Options {
@@ -131,6 +136,8 @@ struct Held {
     stdout: String,
     /// Of the destination.
     epoch: String,
+    /// What did not go right at the first try.
+    warnings: Vec<String>,
 }
 
 impl Migration {
@@ -212,6 +219,7 @@ impl Migration {
         let Self { options, id, timeline, bytes, .. } = self;
         let stdio = stdio_there(source, &options.containerd.namespace, &options.container);
         let stdout = stdio.stdout.clone();
+        let mut warnings = Vec::new();
 
         let patience = Phase::Image.deadline();
         let epoch;
@@ -260,9 +268,21 @@ impl Migration {
             })
             .await?;
 
-        let freeze_us = timeline.run(Phase::Freeze, source.freeze(options.ip)).await?;
-        let frozen_at = Instant::now() - Duration::from_micros(freeze_us);
-        let dump = timeline.run(Phase::Dump, source.dump()).await?;
+        let (frozen_at, freeze_us, dump) = loop {
+            let freeze_us = timeline.run(Phase::Freeze, source.freeze(options.ip)).await?;
+            let frozen_at = Instant::now() - Duration::from_micros(freeze_us);
+            match timeline.run(Phase::Dump, source.dump()).await {
+                Ok(dump) => break (frozen_at, freeze_us, dump),
+                // A task that was forking or ending, or a connection that was opening, may keep
+                // CRIU from dumping at this moment and not at the next.
+                Err(failure) if warnings.len() + 1 < DUMPS => {
+                    source.thaw().await.map_err(|error| Failure::new(Phase::Dump, error))?;
+                    warnings.push(format!("tried again after {failure}"));
+                    tokio::time::sleep(BETWEEN_DUMPS).await;
+                }
+                Err(failure) => return Err(failure),
+            }
+        };
 
         let patience = Phase::Transfer.deadline();
         (bytes.pages, bytes.images, bytes.layer_delta) = timeline
@@ -282,7 +302,7 @@ impl Migration {
                 }
             })
             .await?;
-        Ok(Held { frozen_at, freeze_us, stdout, epoch })
+        Ok(Held { frozen_at, freeze_us, stdout, epoch, warnings })
     }
 
     async fn commit(&mut self, source: &Source, epoch: &str) -> Result<(), Failure> {
@@ -292,7 +312,12 @@ impl Migration {
 
     /// After the commit: release there, retire here. Whatever fails is settled with the
     /// destination, never rolled back.
-    async fn complete(&mut self, held: Held, source: &Source, mut link: Link) -> Result<Report> {
+    async fn complete(
+        &mut self,
+        mut held: Held,
+        source: &Source,
+        mut link: Link,
+    ) -> Result<Report> {
         let patience = Phase::Release.deadline();
         let released = self
             .timeline
@@ -305,7 +330,7 @@ impl Migration {
             .await;
         let downtime_us = micros(held.frozen_at);
         let record = Record::read(&self.id)?.context("the record of the commit is gone")?;
-        let mut warnings = Vec::new();
+        let mut warnings = std::mem::take(&mut held.warnings);
         let (release_us, network_us) = match released {
             Ok(times) => times,
             Err(failure) => {

@@ -62,9 +62,9 @@ impl Timeline {
         &self.took
     }
 
-    /// Microseconds of one phase; 0 when it did not run.
+    /// Microseconds of one phase, the last time it ran; 0 when it did not run.
     pub(crate) fn micros(&self, phase: Phase) -> u64 {
-        self.took.iter().filter(|t| t.phase == phase).map(|t| t.micros).sum()
+        self.took.iter().rev().find(|t| t.phase == phase).map_or(0, |t| t.micros)
     }
 }
 

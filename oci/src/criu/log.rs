@@ -92,8 +92,12 @@ fn as_error(line: &str) -> Option<&str> {
     // Only time stamp and pid may stand before it.
     let prefix = line[..at].trim_end();
     let is_prefix = prefix.is_empty() || prefix.ends_with(')') || prefix.ends_with(':');
-    is_prefix.then(|| &line[at..])
+    let harmless = HARMLESS.iter().any(|text| line.contains(text));
+    (is_prefix && !harmless).then(|| &line[at..])
 }
+
+/// Errors after which CRIU goes on as if nothing had been.
+const HARMLESS: &[&str] = &["rlimit: Can't setup RLIMIT_NOFILE"];
 
 /// Known errors and what helps.
 const CURES: &[(&str, &str)] = &[
@@ -125,6 +129,7 @@ mod tests {
     const LOG: &str = "\
 (00.000001) Version: 4.2
 (00.000002) CRIU run id = 5d2a-77
+(00.000003) Error (criu/util.c:1534): rlimit: Can't setup RLIMIT_NOFILE for self
 (00.010000) 12: Dumping an Error (not one)
 (00.020000) Error (criu/sk-inet.c:204): inet: Connected TCP socket, consider using option
 (00.030000) Error (criu/cr-dump.c:2111): Dumping FAILED.
@@ -136,7 +141,7 @@ mod tests {
         let error = failure.first_error.as_deref().unwrap();
         assert!(error.starts_with("Error (criu/sk-inet.c:204)"), "{error}");
         assert!(failure.cure.unwrap().contains("tcp-established"));
-        assert_eq!(failure.tail.len(), 5);
+        assert_eq!(failure.tail.len(), 6);
         assert!(failure.to_string().starts_with("criu: Error (criu/sk-inet.c"));
     }
 

@@ -25,6 +25,9 @@ const FREEZER: Duration = Duration::from_secs(5);
 const NFT: Duration = Duration::from_secs(10);
 /// How long killed tasks may take to end.
 const EXIT: Duration = Duration::from_secs(30);
+/// How long CRIU may take to stop the tasks, seconds. They stand still already; its own default of
+/// 10 s is only paid when it fails, and the clients pay it.
+const SEIZE_S: u32 = 3;
 /// The longest freeze that a driver may ask for.
 const MAX_LIMIT: Duration = Duration::from_secs(24 * 3600);
 
@@ -154,7 +157,7 @@ impl Move {
             work: work.clone(),
             leave_running: true,
             options,
-            extra: Vec::new(),
+            extra: vec![format!("timeout {SEIZE_S}")],
             deadline,
         };
         let done = source.container.checkpoint(params).await;
