@@ -194,7 +194,7 @@ fn what_a_client_sends_while_nothing_runs_is_answered_after_the_move() -> Result
     let mut client = scene.lab.client().spawn(&format!(
         "exec bash -c 'exec 3<>/dev/tcp/{FLOATING}/6379; echo connected; \
          until [ -e /tmp/send ]; do sleep 0.02; done; printf \"PING\\r\\n\" >&3; echo sent; \
-         read -r -t 20 -u 3 line; echo \"got $line\"'"
+         read -r -t 45 -u 3 line; echo \"got $line\"'"
     ))?;
     client.wait_for("connected", Duration::from_secs(10))?;
     // Dumped and sent: what the source's kernel acknowledged now, nobody would ever read.
@@ -208,7 +208,7 @@ fn what_a_client_sends_while_nothing_runs_is_answered_after_the_move() -> Result
     let seen = |host: &Host| {
         host.output("ss -tniO '( sport = :6379 or dport = :6379 )'; ip neigh; nft list ruleset")
     };
-    client.wait_for("got +PONG", Duration::from_secs(20)).with_context(|| {
+    client.wait_for("got +PONG", Duration::from_secs(50)).with_context(|| {
         format!("client {:?}\nb {:?}", seen(scene.lab.client()), seen(scene.host("b")))
     })
 }
