@@ -11,6 +11,9 @@ const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 /// How often the state is looked at while it changes.
 const POLL: Duration = Duration::from_micros(100);
 
+/// How long a vfork(2) is given to come to its end. It takes well under a millisecond.
+const BETWEEN_VFORKS: Duration = Duration::from_millis(2);
+
 /// Why a container could not be frozen or thawed.
 #[derive(Debug, thiserror::Error)]
 pub enum FreezerError {
@@ -85,21 +88,47 @@ impl Freezer {
         unified
     }
 
-    /// Freezes every process of the cgroup and waits until all stand still.
+    /// Freezes every process of the cgroup and waits until all stand still. How long that took.
+    ///
+    /// A task that waits for its child's exec or exit after vfork(2) counts as frozen and cannot be
+    /// traced, so CRIU would wait for it in vain: the cgroup is thawed for a moment then and frozen
+    /// again.
     ///
     /// # Errors
     /// After `limit` without success; the container is thawed again then.
     pub fn freeze(&self, limit: Duration) -> Result<Duration, FreezerError> {
         let start = Instant::now();
-        match self.set(true, limit) {
-            Ok(()) => Ok(start.elapsed()),
-            Err(error) => {
-                if let Err(again) = self.set(false, limit) {
-                    log::error!("thaw after a failed freeze: {again}");
+        loop {
+            let begin = Instant::now();
+            let frozen = self.set(true, limit);
+            let took = begin.elapsed();
+            match frozen {
+                // Beyond the limit the dump is left to find out.
+                Ok(()) if !self.has_vfork() || start.elapsed() > limit => return Ok(took),
+                Ok(()) => {
+                    self.set(false, limit)?;
+                    std::thread::sleep(BETWEEN_VFORKS);
                 }
-                Err(error)
+                Err(error) => {
+                    if let Err(again) = self.set(false, limit) {
+                        log::error!("thaw after a failed freeze: {again}");
+                    }
+                    return Err(error);
+                }
             }
         }
+    }
+
+    /// Whether a task waits inside vfork(2).
+    fn has_vfork(&self) -> bool {
+        let threads = match self.kind {
+            Kind::V1 => "tasks",
+            Kind::V2 => "cgroup.threads",
+        };
+        let Ok(threads) = self.read(threads) else { return false };
+        threads.lines().any(|thread| {
+            fs::read_to_string(format!("/proc/{thread}/wchan")).is_ok_and(|at| waits_in_vfork(&at))
+        })
     }
 
     /// Lets every process of the cgroup run. Thawing what is not frozen is no error.
@@ -165,6 +194,12 @@ impl Freezer {
     }
 }
 
+/// Whether a task's wait channel is that of the parent in a vfork(2). The kernel names the function
+/// it sleeps in, or the one that was inlined into.
+fn waits_in_vfork(wchan: &str) -> bool {
+    ["wait_for_vfork_done", "kernel_clone", "_do_fork"].contains(&wchan.trim())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -187,6 +222,13 @@ mod tests {
     #[test]
     fn the_root_cgroup_is_never_frozen() {
         assert_eq!(Freezer::from_proc(Path::new("/cg"), "3:freezer:/\n0::/\n"), None);
+    }
+
+    #[test]
+    fn a_parent_in_vfork_is_told_from_a_frozen_task() {
+        assert!(waits_in_vfork("kernel_clone"));
+        assert!(!waits_in_vfork("__refrigerator"));
+        assert!(!waits_in_vfork("0"));
     }
 
     #[test]

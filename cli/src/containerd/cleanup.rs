@@ -117,6 +117,22 @@ impl Destination {
 }
 
 impl Containerd {
+    /// Deletes a task that has ended. A client in the foreground (`ctr run`) deletes it too when it
+    /// hears of the end: whichever is second meets a task, or a shim, that is going.
+    async fn delete_ended_task(&self, id: &str) -> Result<()> {
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        loop {
+            let Err(error) = self.delete_task(id).await else { return Ok(()) };
+            if let Ok(None) = self.task(id).await {
+                return Ok(());
+            }
+            if tokio::time::Instant::now() >= deadline {
+                return Err(error);
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     /// Deletes a container that has moved away: its task, which must have ended, its record and its
     /// snapshot. The image stays. What is not there is fine.
     ///
@@ -124,7 +140,7 @@ impl Containerd {
     /// [`Error::Call`], also while the task runs: then nothing is deleted.
     pub(crate) async fn delete_source(&self, id: &str) -> Result<()> {
         let record = self.container(id).await?;
-        self.delete_task(id).await?;
+        self.delete_ended_task(id).await?;
         self.delete_container(id).await?;
         match record {
             Some(r) if !r.snapshot_key.is_empty() => {

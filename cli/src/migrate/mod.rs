@@ -273,8 +273,8 @@ impl Migration {
             let frozen_at = Instant::now() - Duration::from_micros(freeze_us);
             match timeline.run(Phase::Dump, source.dump()).await {
                 Ok(dump) => break (frozen_at, freeze_us, dump),
-                // A task that was forking or ending, or a connection that was opening, may keep
-                // CRIU from dumping at this moment and not at the next.
+                // A task that was ending, or a connection that was opening, may keep CRIU from
+                // dumping at this moment and not at the next.
                 Err(failure) if warnings.len() + 1 < DUMPS => {
                     source.thaw().await.map_err(|error| Failure::new(Phase::Dump, error))?;
                     warnings.push(format!("tried again after {failure}"));
