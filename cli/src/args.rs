@@ -63,11 +63,12 @@ enum Command {
     Status,
     /// Decide by hand what becomes of a container that is frozen here, when its destination cannot
     /// be asked any more
+    #[command(group(clap::ArgGroup::new("what").required(true).args(["thaw", "end"])))]
     Recover {
         /// Container id
         container: String,
         /// Let it run here. Only when it does not run at the destination!
-        #[arg(long, conflicts_with = "end", required_unless_present = "end")]
+        #[arg(long)]
         thaw: bool,
         /// End it here: it runs at the destination
         #[arg(long)]

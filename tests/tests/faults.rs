@@ -162,6 +162,29 @@ fn a_driver_killed_again_while_it_settles_changes_nothing_of_the_decision() -> R
 }
 
 #[test]
+fn an_operator_can_decide_for_a_destination_that_cannot_be_asked() -> Result<()> {
+    let scene = Scene::start()?;
+    let a = scene.host("a");
+    scene.start_redis("a", 0)?;
+    let empty = traces(scene.host("b"))?;
+    let ip = format!("--ip {FLOATING}/24");
+    for (decision, state) in [("--thaw", Some("RUNNING")), ("--end", None)] {
+        // Committed here, never heard of there.
+        let job = stop_at(&scene, "redis", Phase::Release.name(), ("a", "b"), &ip)?;
+        kill_ferry(a)?;
+        job.wait(Duration::from_secs(20))?;
+        go_on(a)?;
+        ensure!(a.run("ferry status")?.stdout.contains("default/redis"));
+        a.run(&format!("ferry recover redis {decision}"))?;
+        assert_eq!(task_state(a, "redis")?.as_deref(), state, "{decision}");
+        assert_eq!(a.run("ferry status; nft list ruleset")?.stdout, "", "{decision}");
+        wait_for_traces(scene.host("b"), &empty, decision)?;
+    }
+    ensure!(!a.output("ferry recover redis --thaw")?.status.success(), "nothing is frozen");
+    Ok(())
+}
+
+#[test]
 fn a_shim_killed_in_a_migration_takes_its_container_along_and_nothing_else() -> Result<()> {
     let scene = Scene::start()?;
     let before = (traces(scene.host("a"))?, traces(scene.host("b"))?);
