@@ -2,6 +2,7 @@
 
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
+use ferry_oci::fast::Fast;
 
 use crate::migrate::{self, Options};
 use crate::network::address::Cidr;
@@ -52,6 +53,9 @@ enum Command {
         /// How the memory moves
         #[arg(long, value_enum, default_value_t = Mode::Stop)]
         mode: Mode,
+        /// A fast path not to take, to find a fault; may be given several times
+        #[arg(long, value_name = "NAME", value_parser = fast_path)]
+        no_fast: Vec<Fast>,
         /// Show the plan, change nothing
         #[arg(long)]
         dry_run: bool,
@@ -114,7 +118,7 @@ impl Args {
             Command::Recover { container, thaw, end: _ } => {
                 migrate::settle::recover(&containerd, &container, thaw).await
             }
-            Command::Migrate { container, to, ip, mode, dry_run, remote_ferry } => {
+            Command::Migrate { container, to, ip, mode, no_fast, dry_run, remote_ferry } => {
                 if mode != Mode::Stop {
                     let name = mode.to_possible_value().map(|v| v.get_name().to_owned());
                     bail!("--mode {} is not there yet: use --mode stop", name.unwrap_or_default());
@@ -124,10 +128,19 @@ impl Args {
                 let agent = format!("{remote_ferry} agent --stdio");
                 let json = self.json;
                 let to = (to, destination);
-                migrate::run(Options { container, to, ip, agent, containerd, dry_run, json }).await
+                let fast = Fast::ALL.into_iter().filter(|fast| !no_fast.contains(fast)).collect();
+                let options = Options { container, to, ip, agent, containerd, fast, dry_run, json };
+                migrate::run(options).await
             }
         }
     }
+}
+
+fn fast_path(name: &str) -> Result<Fast, String> {
+    Fast::of(name).ok_or_else(|| {
+        let names: Vec<_> = Fast::ALL.iter().map(|fast| fast.name()).collect();
+        format!("there is no fast path of that name, but {}", names.join(", "))
+    })
 }
 
 #[cfg(test)]

@@ -24,6 +24,8 @@ pub enum Phase {
     Layer,
     /// Put the address there, silent.
     Address,
+    /// Start dump and restore up to where they need the container frozen.
+    Hold,
     /// Lock the connections and freeze.
     Freeze,
     /// Dump the frozen container.
@@ -44,13 +46,14 @@ pub enum Phase {
 
 impl Phase {
     /// Every phase, in order.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Connect,
         Self::Plan,
         Self::Image,
         Self::Container,
         Self::Layer,
         Self::Address,
+        Self::Hold,
         Self::Freeze,
         Self::Dump,
         Self::Transfer,
@@ -70,6 +73,7 @@ impl Phase {
             Self::Container => "container",
             Self::Layer => "layer",
             Self::Address => "address",
+            Self::Hold => "hold",
             Self::Freeze => "freeze",
             Self::Dump => "dump",
             Self::Transfer => "transfer",
@@ -86,7 +90,7 @@ impl Phase {
     pub fn deadline(self) -> Duration {
         Duration::from_secs(match self {
             Self::Connect | Self::Plan | Self::Address | Self::Freeze | Self::Commit => 30,
-            Self::Container | Self::Release | Self::Retire | Self::Finish => 90,
+            Self::Container | Self::Hold | Self::Release | Self::Retire | Self::Finish => 90,
             Self::Restore => 150,
             Self::Dump => 600,
             Self::Transfer => 1200,

@@ -6,9 +6,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow};
 use ferry_oci::api::ferry::{
     CommitRequest, DescribeRequest, Description, DumpResponse, FreezeRequest, FreezeResponse,
-    MigrationRequest, ReleaseResponse, RestoreRequest, RestoreResponse,
+    MigrationRequest, PrepareDumpRequest, PrepareDumpResponse, ReleaseResponse, RestoreRequest,
+    RestoreResponse,
 };
 use ferry_oci::api::ferry_ttrpc::FerryClient;
+use ferry_oci::fast::Fast;
 use ferry_oci::paths;
 use serde::Deserialize;
 use ttrpc::r#async::Client;
@@ -99,6 +101,26 @@ impl Shim {
         }
     }
 
+    /// Starts a dump that waits for the freeze; it ends by itself after `limit`.
+    ///
+    /// # Errors
+    /// When runc or CRIU cannot start; nothing has changed then.
+    pub(crate) async fn prepare_dump(
+        &self,
+        migration: &str,
+        fast: &[Fast],
+        limit: Duration,
+    ) -> Result<PrepareDumpResponse> {
+        let request = PrepareDumpRequest {
+            id: self.id.clone(),
+            migration: migration.to_owned(),
+            limit_s: u32::try_from(limit.as_secs()).unwrap_or(u32::MAX),
+            fast: names(fast),
+            ..Default::default()
+        };
+        text(self.client.prepare_dump(within(SLOW), &request).await)
+    }
+
     /// Freezes the container for at most `limit` without a commit, and locks the connections on
     /// `addresses`.
     ///
@@ -161,6 +183,26 @@ impl Shim {
         text(self.client.retire(within(SLOW), &self.request(migration)).await).map(drop)
     }
 
+    /// Starts a restore that waits for its images.
+    ///
+    /// # Errors
+    /// When runc or CRIU cannot start.
+    pub(crate) async fn prepare_restore(
+        &self,
+        migration: &str,
+        images: &Path,
+        fast: &[Fast],
+    ) -> Result<()> {
+        let request = RestoreRequest {
+            id: self.id.clone(),
+            migration: migration.to_owned(),
+            images_path: images.display().to_string(),
+            fast: names(fast),
+            ..Default::default()
+        };
+        text(self.client.prepare_restore(within(SLOW), &request).await).map(drop)
+    }
+
     /// Restores from `images` and holds.
     ///
     /// # Errors
@@ -203,6 +245,10 @@ impl Shim {
             ..Default::default()
         }
     }
+}
+
+fn names(fast: &[Fast]) -> Vec<String> {
+    fast.iter().map(|fast| fast.name().to_owned()).collect()
 }
 
 fn within(limit: Duration) -> Context {

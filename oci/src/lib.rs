@@ -5,8 +5,10 @@
 
 pub mod api;
 pub mod criu;
+pub mod fast;
 pub mod freezer;
 pub mod layer;
+pub mod netns;
 pub mod paths;
 pub mod quarantine;
 pub mod record;
@@ -15,4 +17,4 @@ pub mod sockets;
 
 /// Version of the Ferry service and of the wire protocol between driver and agent. Versioned apart
 /// from the product: it changes only when the two ends would misunderstand each other.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;

@@ -17,6 +17,9 @@ pub const BUNDLE_FILE: &str = "ferry.json";
 /// File in a container's bundle that names the migration it is leaving by.
 pub const MIGRATION_FILE: &str = "ferry-migration";
 
+/// Where the images of a migration keep the content of inventory.img while a restore waits for it.
+pub const INVENTORY_FILE: &str = "inventory.img.held";
+
 /// Folder of the images of `migration`.
 pub fn images(migration: &str) -> PathBuf {
     Path::new(IMAGES).join(migration)

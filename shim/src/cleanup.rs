@@ -91,6 +91,13 @@ fn remove_ferry_socket(bundle: &Path) -> Result<()> {
         return Ok(());
     };
     let announced: Announced = serde_json::from_slice(&text).context("read ferry.json")?;
+    // Those that CRIU was to answer on are named after it.
+    let stem = announced.socket.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    for entry in std::fs::read_dir(paths::SOCKETS).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(&format!("{stem}-")) {
+            remove_below(&entry.path(), paths::SOCKETS)?;
+        }
+    }
     remove_below(&announced.socket, paths::SOCKETS)
 }
 

@@ -165,8 +165,17 @@ fn exit_on_signal(exit: Arc<ExitSignal>) -> std::io::Result<()> {
     Ok(())
 }
 
+fn main() {
+    // runc has started it in CRIU's place.
+    if ferry_oci::criu::wrapper::is_called() {
+        eprintln!("{}", ferry_oci::criu::wrapper::run());
+        std::process::exit(1);
+    }
+    serve();
+}
+
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
-async fn main() {
+async fn serve() {
     let args: Vec<_> = std::env::args_os().skip(1).collect();
     if containerd_shim::parse(&args).is_ok_and(|flags| flags.version) {
         println!("containerd-shim-ferry-v2 {}", env!("CARGO_PKG_VERSION"));

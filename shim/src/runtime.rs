@@ -6,7 +6,7 @@ use crate::mounts;
 use crate::reaper::{Child, Reaper};
 use ferry_oci::runc::{Delete, Ps, Runc, Verb, last_error};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -70,18 +70,31 @@ impl Runtime {
         &self,
         verb: &dyn Verb,
         stdio: ChildStdio,
-        env: &[(&str, &Path)],
+        env: &[(&str, impl AsRef<Path>)],
     ) -> Result<Running> {
         let (mut command, log) = self.command(verb);
         stdio.attach(&mut command);
-        command.envs(env.iter().copied());
+        command.envs(env.iter().map(|(name, value)| (name, value.as_ref())));
+        let child = self.reaper.spawn(command)?;
+        Ok(Running { child, name: verb.name(), log })
+    }
+
+    /// Starts a command that runs beside the container. `env` is added to runc's environment.
+    pub(crate) fn begin(
+        &self,
+        verb: &dyn Verb,
+        env: &[(&str, impl AsRef<Path>)],
+    ) -> Result<Running> {
+        let (mut command, log) = self.command(verb);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.envs(env.iter().map(|(name, value)| (name, value.as_ref())));
         let child = self.reaper.spawn(command)?;
         Ok(Running { child, name: verb.name(), log })
     }
 
     /// [`Runtime::start`], and waits for runc to return. The container's process lives on.
     pub(crate) async fn spawn(&self, verb: &dyn Verb, stdio: ChildStdio) -> Result<()> {
-        self.start(verb, stdio, &[])?.finish(DEADLINE).await
+        self.start(verb, stdio, &[] as &[(&str, &Path)])?.finish(DEADLINE).await
     }
 
     /// Runs a command with an environment, for at most `deadline`.

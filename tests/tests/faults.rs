@@ -42,6 +42,7 @@ fn expected(phase: Phase, victim: Victim) -> Option<Ends> {
             | Phase::Container
             | Phase::Layer
             | Phase::Address
+            | Phase::Hold
             | Phase::Freeze
             | Phase::Dump
             | Phase::Transfer

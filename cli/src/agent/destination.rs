@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use ferry_oci::fast::Fast;
 use ferry_oci::{layer, paths};
 use tokio::io::AsyncWriteExt;
 
@@ -28,6 +29,8 @@ use crate::wire::messages::{
 };
 use crate::wire::stream;
 
+/// The image that a restore opens first.
+const INVENTORY: &str = "inventory.img";
 /// Restoring a large container from memory takes seconds, not minutes.
 const RESTORE: Duration = Duration::from_secs(120);
 
@@ -44,6 +47,8 @@ pub(super) struct Destination {
     ip: Option<(Cidr, String)>,
     /// Name of the image here, when it had to be another than the source's.
     image: Option<String>,
+    /// A restore waits for its images.
+    waiting: bool,
     /// `Commit` was passed to the shim: from here on nothing is undone without its word.
     committed: bool,
     /// Nobody settles this migration while this agent lives.
@@ -70,6 +75,7 @@ impl Destination {
             shim: None,
             ip: None,
             image: None,
+            waiting: false,
             committed: false,
             _lock: lock,
         })
@@ -85,8 +91,10 @@ impl Destination {
             Request::PutContainer(new) => self.put_container(*new).await?,
             Request::PutLayer => self.put_layer(input).await?,
             Request::PutAddress(cidr) => self.put_address(cidr).await?,
-            Request::PutImages(files) => self.put_images(input, &files).await?,
-            Request::Restore => return self.restore().await,
+            Request::PrepareRestore { files, fast } => {
+                self.prepare_restore(input, &files, &fast).await?;
+            }
+            Request::Restore(files) => return self.restore(input, &files).await,
             Request::Commit => return self.commit().await,
             other => bail!("{other:?} is out of order"),
         }
@@ -163,12 +171,27 @@ impl Destination {
         address::add(cidr, &device).await
     }
 
+    async fn prepare_restore(
+        &mut self,
+        input: &mut Incoming,
+        files: &[ImageFile],
+        fast: &[Fast],
+    ) -> Result<()> {
+        self.put_images(input, files).await?;
+        let shim = self.shim.as_ref().context("there is no task to restore")?;
+        shim.prepare_restore(&self.migration, &paths::images(&self.migration), fast).await?;
+        self.waiting = true;
+        Ok(())
+    }
+
     async fn put_images(&self, input: &mut Incoming, files: &[ImageFile]) -> Result<()> {
         let dir = paths::images(&self.migration);
         let mut left: Vec<u8> = Vec::new();
         for file in files {
             ensure!(is_plain_name(&file.name), "{:?} is no name of an image", file.name);
-            let path = dir.join(&file.name);
+            // The restore waits where its first image would be.
+            let held = self.waiting && file.name == INVENTORY;
+            let path = dir.join(if held { paths::INVENTORY_FILE } else { &file.name });
             let opened = fs::OpenOptions::new()
                 .write(true)
                 .create(true)
@@ -197,7 +220,9 @@ impl Destination {
         Ok(())
     }
 
-    async fn restore(&self) -> Result<Reply> {
+    async fn restore(&mut self, input: &mut Incoming, files: &[ImageFile]) -> Result<Reply> {
+        self.put_images(input, files).await?;
+        input.skip_stream().await?;
         let shim = self.shim.as_ref().context("there is no task to restore")?;
         let start = Instant::now();
         shim.restore(&self.migration, &paths::images(&self.migration), RESTORE).await?;

@@ -77,5 +77,11 @@ impl Incoming {
 }
 
 fn announces_stream(request: &Request) -> bool {
-    matches!(request, Request::PutBlob(_) | Request::PutLayer | Request::PutImages(_))
+    matches!(
+        request,
+        Request::PutBlob(_)
+            | Request::PutLayer
+            | Request::PrepareRestore { .. }
+            | Request::Restore(_)
+    )
 }

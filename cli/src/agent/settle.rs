@@ -126,8 +126,9 @@ async fn wait_for_shim(
             return Ok(None);
         }
         let phase = description.phase.enum_value_or_default();
-        let undecided =
-            [Phase::PHASE_RESTORING, Phase::PHASE_HELD, Phase::PHASE_RELEASING].contains(&phase);
+        use Phase as P;
+        let undecided = [P::PHASE_RESTORING, P::PHASE_WAITING, P::PHASE_HELD, P::PHASE_RELEASING]
+            .contains(&phase);
         if !undecided {
             return Ok(Some(phase));
         }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  source.rs (here)                              agent/destination.rs (there)
-//!  connect ─ plan ─ image ─ container ─ layer ─ address      all while the container runs
+//!  connect ─ plan ─ image ─ container ─ layer ─ address ─ hold     all while the container runs
 //!  FREEZE ─ dump ─ transfer ──────────────────────────────▶  restore, held
 //!  COMMIT  the source records: the destination shall run it
 //!  ────────────────────────────────────────────── release ▶  the destination records: it runs here
@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use ferry_cli::phase::Phase;
+use ferry_oci::fast::Fast;
 use ferry_oci::layer::Pass;
 use ferry_oci::record::Record;
 
@@ -64,6 +65,8 @@ pub(crate) struct Options {
     pub(crate) agent: String,
     /// containerd, on both hosts.
     pub(crate) containerd: ContainerdAddress,
+    /// Fast paths to take.
+    pub(crate) fast: Vec<Fast>,
     /// Stop after the plan.
     pub(crate) dry_run: bool,
     /// Print JSON.
@@ -268,6 +271,9 @@ impl Migration {
             })
             .await?;
 
+        let patience = Phase::Hold.deadline();
+        timeline.run(Phase::Hold, source.hold(link, &options.fast, patience)).await?;
+
         let (frozen_at, freeze_us, dump) = loop {
             let freeze_us = timeline.run(Phase::Freeze, source.freeze(options.ip)).await?;
             let frozen_at = Instant::now() - Duration::from_micros(freeze_us);
@@ -276,9 +282,11 @@ impl Migration {
                 // A task that was ending, or a connection that was opening, may keep CRIU from
                 // dumping at this moment and not at the next.
                 Err(failure) if warnings.len() + 1 < DUMPS => {
-                    source.thaw().await.map_err(|error| Failure::new(Phase::Dump, error))?;
+                    let again = |error| Failure::new(Phase::Dump, error);
+                    source.thaw().await.map_err(again)?;
                     warnings.push(format!("tried again after {failure}"));
                     tokio::time::sleep(BETWEEN_DUMPS).await;
+                    source.hold_dump(&options.fast).await.map_err(again)?;
                 }
                 Err(failure) => return Err(failure),
             }
@@ -288,7 +296,7 @@ impl Migration {
         (bytes.pages, bytes.images, bytes.layer_delta) = timeline
             .run(Phase::Transfer, async {
                 let delta = source.send_layer(link, Pass::Frozen, patience).await?;
-                let (pages, rest) = source.send_images(link, &dump.images_path, patience).await?;
+                let (pages, rest) = source.send_images(link, &dump.images_path).await?;
                 Ok((pages, rest, delta))
             })
             .await?;
@@ -296,7 +304,7 @@ impl Migration {
         let patience = Phase::Restore.deadline();
         timeline
             .run(Phase::Restore, async {
-                match link.ask(&Request::Restore, patience).await? {
+                match link.reply(patience).await? {
                     Reply::Held { .. } => Ok(()),
                     other => Err(unexpected(&other)),
                 }
@@ -373,7 +381,7 @@ impl Migration {
     async fn rollback(&self, failure: Failure, source: &Source, mut link: Link) -> anyhow::Error {
         let mut failure = failure;
         // Here first: this is what the clients wait for.
-        if failure.phase() >= Phase::Freeze
+        if failure.phase() >= Phase::Hold
             && let Err(error) = source.thaw().await
         {
             let gone = source.is_gone(&self.options.containerd).await;

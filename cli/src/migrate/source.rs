@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use ferry_oci::api::ferry::{CommitRequest, DumpResponse};
+use ferry_oci::fast::Fast;
 use ferry_oci::layer::{self, Manifest, Pass};
 use ferry_oci::record::{Decision, Record};
 use ferry_oci::{paths, quarantine};
@@ -177,6 +178,53 @@ impl Source {
         Ok(sent)
     }
 
+    /// Starts a dump that waits for the freeze, and has the destination start a restore that waits
+    /// for the images.
+    ///
+    /// # Errors
+    /// When one of them cannot start; the container runs as before.
+    pub(super) async fn hold(
+        &self,
+        link: &mut Link,
+        fast: &[Fast],
+        patience: Duration,
+    ) -> Result<()> {
+        let early = if fast.contains(&Fast::HeldDump) {
+            let limit = self.freeze_limit();
+            let prepared = self.shim.prepare_dump(&self.migration, fast, limit).await?;
+            (prepared.images_path, prepared.early_files)
+        } else {
+            return Ok(());
+        };
+        if !fast.contains(&Fast::HeldRestore) {
+            return Ok(());
+        }
+        let dir = PathBuf::from(early.0);
+        let files = early.1.into_iter().map(|name| {
+            let size = std::fs::metadata(dir.join(&name))?.len();
+            anyhow::Ok(ImageFile { name, size })
+        });
+        let files = files.collect::<Result<Vec<_>>>().context("read what the dump has written")?;
+        let order = Request::PrepareRestore { files: files.clone(), fast: fast.to_vec() };
+        link.send(&order).await?;
+        for file in &files {
+            link.file(&dir.join(&file.name), file.size).await?;
+        }
+        link.end_stream().await?;
+        link.done(patience).await
+    }
+
+    /// Starts the dump again after one that failed.
+    ///
+    /// # Errors
+    /// When it cannot start; the container runs as before.
+    pub(super) async fn hold_dump(&self, fast: &[Fast]) -> Result<()> {
+        if fast.contains(&Fast::HeldDump) {
+            self.shim.prepare_dump(&self.migration, fast, self.freeze_limit()).await?;
+        }
+        Ok(())
+    }
+
     /// Locks the connections on the moved address and freezes. Microseconds the freezer took.
     ///
     /// # Errors
@@ -195,16 +243,12 @@ impl Source {
         self.shim.dump(&self.migration, self.freeze_limit()).await
     }
 
-    /// Sends every file of the dump as one stream. Bytes of pages, and of everything else.
+    /// Sends every file of the dump as one stream, with the order to restore; the answer to that is
+    /// still to come. Bytes of pages, and of everything else.
     ///
     /// # Errors
     /// When a file cannot be read or the destination has no room.
-    pub(super) async fn send_images(
-        &self,
-        link: &mut Link,
-        images: &str,
-        patience: Duration,
-    ) -> Result<(u64, u64)> {
+    pub(super) async fn send_images(&self, link: &mut Link, images: &str) -> Result<(u64, u64)> {
         let dir = PathBuf::from(images);
         let mut files = Vec::new();
         for entry in std::fs::read_dir(&dir).context("read the images")? {
@@ -217,14 +261,13 @@ impl Source {
             }
         }
         ensure!(!files.is_empty(), "the dump left no images");
-        link.send(&Request::PutImages(files.clone())).await?;
+        link.send(&Request::Restore(files.clone())).await?;
         let (mut pages, mut rest) = (0, 0);
         for file in &files {
             link.file(&dir.join(&file.name), file.size).await?;
             *(if file.name.starts_with("pages-") { &mut pages } else { &mut rest }) += file.size;
         }
         link.end_stream().await?;
-        link.done(patience).await?;
         Ok((pages, rest))
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use ferry_oci::fast::Fast;
 use serde::{Deserialize, Serialize};
 
 use crate::containerd::{Blob, ContainerRecord, Descriptor, SnapshotKind, Stdio};
@@ -44,10 +45,16 @@ pub(crate) enum Request {
     PutLayer,
     /// The address, silent until the release.
     PutAddress(Cidr),
-    /// Checkpoint images; their bytes follow as one stream, file after file.
-    PutImages(Vec<ImageFile>),
-    /// Restores and holds.
-    Restore,
+    /// Starts a restore that waits for its images. What is read before the first of them follows as
+    /// one stream, file after file.
+    PrepareRestore {
+        /// Those files.
+        files: Vec<ImageFile>,
+        /// Fast paths to take.
+        fast: Vec<Fast>,
+    },
+    /// Restores and holds. The images follow as one stream, file after file.
+    Restore(Vec<ImageFile>),
     /// The commit: the container runs here from now on.
     Commit,
     /// Makes what was created permanent and forgets the migration. Can be repeated, by another

@@ -237,6 +237,8 @@ pub struct Restore<'a> {
     pub work_path: &'a str,
     /// Use `MS_MOVE` instead of `pivot_root`.
     pub no_pivot: bool,
+    /// Leave memory to the page daemon that listens in the work folder.
+    pub lazy_pages: bool,
     /// Restore established TCP connections.
     pub tcp_established: bool,
     /// Restore unix sockets whose other end is outside.
@@ -264,7 +266,8 @@ impl Verb for Restore<'_> {
             .option("--pid-file", Some(self.pid_file))
             .option("--image-path", Some(self.image_path))
             .option("--work-path", Some(self.work_path))
-            .flag(self.no_pivot, "--no-pivot");
+            .flag(self.no_pivot, "--no-pivot")
+            .flag(self.lazy_pages, "--lazy-pages");
         let args = criu_flags(
             args,
             self.tcp_established,

@@ -18,6 +18,9 @@ use std::time::Duration;
 /// middle of a dump leaves its parasite in the tasks.
 const DEADLINE: Duration = Duration::from_secs(600);
 
+/// CRIU's log, in its work folder.
+pub(super) const LOG: &str = "dump.log";
+
 /// A dump.
 pub(crate) struct CheckpointParams {
     /// Folder for the images, made if missing.
@@ -78,25 +81,39 @@ impl Container {
             std::fs::create_dir_all(folder)
                 .context(format!("make the folder {}", folder.display()))?;
         }
-        let log = params.work.join("dump.log");
         if let Err(err) = self.dump(&params).await {
-            let err = explain(err, "dump", &log);
-            if let Err(err) = std::fs::copy(&log, self.bundle.join("criu-dump.log")) {
-                warn!("keep CRIU's log: {err}");
-            }
-            self.remove_network_lock(&log).await;
-            return Err(err);
+            return Err(self.dump_failed(err, &params.work).await);
         }
-        let criu = criu::version(&log).ok().flatten().unwrap_or_default();
+        self.write_record(&params).await?;
+        self.checkpointed(&params.images);
+        Ok(())
+    }
+
+    /// Keeps CRIU's log, removes its lock, and says what it said.
+    pub(super) async fn dump_failed(&self, err: Error, work: &Path) -> Error {
+        let log = work.join(LOG);
+        let err = explain(err, "dump", &log);
+        if let Err(err) = std::fs::copy(&log, self.bundle.join("criu-dump.log")) {
+            warn!("keep CRIU's log: {err}");
+        }
+        self.remove_network_lock(&log).await;
+        err
+    }
+
+    /// Writes down beside the images how they are made. CRIU has started its log by then.
+    pub(super) async fn write_record(&self, params: &CheckpointParams) -> Result<()> {
+        let criu = criu::version(&params.work.join(LOG)).ok().flatten().unwrap_or_default();
         let runc = self.runtime.version().await.to_string();
-        let record = DumpRecord::new(params.options, criu, runc);
-        record.write(&params.images).context("after the dump")?;
+        let record = DumpRecord::new(params.options.clone(), criu, runc);
+        record.write(&params.images).context("write down how the images are made")
+    }
+
+    pub(super) fn checkpointed(&self, images: &Path) {
         self.events.send(TaskCheckpointed {
             container_id: self.id.clone(),
-            checkpoint: params.images.to_string_lossy().into_owned(),
+            checkpoint: images.to_string_lossy().into_owned(),
             ..Default::default()
         });
-        Ok(())
     }
 
     async fn dump(&self, params: &CheckpointParams) -> Result<()> {
@@ -107,19 +124,7 @@ impl Container {
             extra: params.extra.clone(),
         };
         let config = config.write(&params.work).context("write CRIU's configuration")?;
-        let options = &params.options;
-        let verb = Checkpoint {
-            id: &self.id,
-            image_path: utf8(&params.images)?,
-            work_path: utf8(&params.work)?,
-            leave_running: params.leave_running,
-            tcp_established: options.tcp_established,
-            ext_unix_sk: options.ext_unix_sk,
-            shell_job: options.shell_job,
-            file_locks: options.file_locks,
-            empty_ns: &options.empty_ns,
-            manage_cgroups: options.manage_cgroups.as_deref(),
-        };
+        let verb = verb(&self.id, params)?;
         let env = [(CONFIG_ENV, config.as_path())];
         self.runtime.call_with(&verb, &env, params.deadline).await
     }
@@ -152,6 +157,23 @@ impl Container {
             Err(_) => {}
         }
     }
+}
+
+/// `runc checkpoint` with `params`.
+pub(super) fn verb<'a>(id: &'a str, params: &'a CheckpointParams) -> Result<Checkpoint<'a>> {
+    let options = &params.options;
+    Ok(Checkpoint {
+        id,
+        image_path: utf8(&params.images)?,
+        work_path: utf8(&params.work)?,
+        leave_running: params.leave_running,
+        tcp_established: options.tcp_established,
+        ext_unix_sk: options.ext_unix_sk,
+        shell_job: options.shell_job,
+        file_locks: options.file_locks,
+        empty_ns: &options.empty_ns,
+        manage_cgroups: options.manage_cgroups.as_deref(),
+    })
 }
 
 fn enter_netns(pid: u32) -> Result<()> {

@@ -11,11 +11,14 @@ mod create;
 mod exec;
 mod exit;
 mod lifecycle;
+mod prepared;
+mod relay;
 mod restore;
 
 pub(crate) use checkpoint::CheckpointParams;
 pub(crate) use create::CreateRequest;
 pub(crate) use exec::{Exec, ExecRequest};
+pub(crate) use prepared::{PreparedDump, PreparedRestore};
 pub(crate) use restore::{Held, HoldParams, RestoreParams};
 
 use crate::error::{Error, Result};

@@ -1,6 +1,7 @@
 //! Restoring a container: at once, or held at CRIU's post-restore until somebody has decided.
 
 use super::checkpoint::{explain, utf8};
+use super::relay::Line;
 use super::{Container, read_pid};
 use crate::error::{Context as _, Error, Result};
 use crate::reaper::{Child, Exit, Window};
@@ -31,6 +32,8 @@ pub(crate) struct RestoreParams {
     pub(crate) work: PathBuf,
     /// Further lines for CRIU's configuration file.
     pub(crate) extra: Vec<String>,
+    /// Leave memory to the page daemon that listens in `work`.
+    pub(crate) lazy_pages: bool,
     /// After it, runc and CRIU are killed.
     pub(crate) deadline: Duration,
 }
@@ -46,10 +49,18 @@ pub(crate) struct HoldParams {
 }
 
 /// A restore under way: runc, and what is needed to take over the process it makes.
-struct Attempt {
-    runc: Running,
+pub(super) struct Attempt {
+    pub(super) runc: Running,
     window: Window,
-    log: PathBuf,
+    pub(super) log: PathBuf,
+}
+
+/// What holds a restore.
+pub(super) enum Holder {
+    /// An action script, which makes the file of the decision itself.
+    Script(Hold),
+    /// The line between runc and CRIU, and the file of the decision.
+    Line(Line, Option<PathBuf>),
 }
 
 /// A container that is restored and has not run. Decide by [`Held::release`] or [`Held::abort`];
@@ -61,7 +72,7 @@ pub(crate) struct Held {
 }
 
 struct Undecided {
-    hold: Hold,
+    hold: Holder,
     attempt: Attempt,
     init: Child,
 }
@@ -72,8 +83,13 @@ impl Container {
     pub(super) async fn restore_checkpoint(self: &Arc<Self>) -> Result<u32> {
         let images = self.checkpoint_path();
         let images = images.ok_or_else(|| Error::failed_precondition("no checkpoint"))?;
-        let params =
-            RestoreParams { images, work: self.work_dir(), extra: Vec::new(), deadline: DEADLINE };
+        let params = RestoreParams {
+            images,
+            work: self.work_dir(),
+            extra: Vec::new(),
+            lazy_pages: false,
+            deadline: DEADLINE,
+        };
         self.restore(params).await
     }
 
@@ -82,7 +98,7 @@ impl Container {
         let _op = self.op.write().await;
         admit(self.snapshot().status, Op::Restore)?;
         let deadline = params.deadline;
-        let mut attempt = self.begin(&params, None)?;
+        let mut attempt = self.begin(&params, None, &[])?;
         let result = match attempt.runc.wait(deadline).await {
             Ok(()) => read_pid(&self.init_pid_file()),
             Err(err) => Err(explain(err, "restore", &attempt.log)),
@@ -109,17 +125,11 @@ impl Container {
         let mut hold =
             Hold::prepare(&params.work, hold.namespaces.as_deref(), hold.decided.as_deref())
                 .context("prepare to hold the restore")?;
-        let mut attempt = self.begin(&params, Some(hold.script()))?;
+        let mut attempt = self.begin(&params, Some(hold.script()), &[])?;
         match until_held(&mut hold, &mut attempt, params.deadline).await {
             Ok(pid) => {
-                let init = attempt.window.adopt(pid);
-                {
-                    let mut inner = self.inner();
-                    inner.status = Status::Held;
-                    inner.pid = pid as u32;
-                }
-                let undecided = Some(Undecided { hold, attempt, init });
-                Ok(Held { container: self.clone(), pid: pid as u32, undecided })
+                let hold = Holder::Script(hold);
+                Ok(self.held(pid, hold, attempt))
             }
             Err(err) => {
                 // Its end lets a script that waits go.
@@ -130,8 +140,25 @@ impl Container {
         }
     }
 
-    /// Starts runc. Nothing has changed if it fails.
-    fn begin(&self, params: &RestoreParams, script: Option<&Path>) -> Result<Attempt> {
+    /// Nothing has run. Holds `op`.
+    pub(super) fn held(self: &Arc<Self>, pid: i32, hold: Holder, attempt: Attempt) -> Held {
+        let init = attempt.window.adopt(pid);
+        {
+            let mut inner = self.inner();
+            inner.status = Status::Held;
+            inner.pid = pid as u32;
+        }
+        let undecided = Some(Undecided { hold, attempt, init });
+        Held { container: self.clone(), pid: pid as u32, undecided }
+    }
+
+    /// Starts runc, with `env` added to its environment. Nothing has changed if it fails.
+    pub(super) fn begin(
+        &self,
+        params: &RestoreParams,
+        script: Option<&Path>,
+        env: &[(&'static str, PathBuf)],
+    ) -> Result<Attempt> {
         if !params.images.join("descriptors.json").exists() {
             let text = format!("{} holds no descriptors.json", params.images.display());
             return Err(Error::failed_precondition(text));
@@ -155,6 +182,7 @@ impl Container {
             image_path: utf8(&params.images)?,
             work_path: utf8(&params.work)?,
             no_pivot: self.options.no_pivot_root,
+            lazy_pages: params.lazy_pages,
             tcp_established: options.tcp_established,
             ext_unix_sk: options.ext_unix_sk,
             shell_job: options.shell_job,
@@ -165,7 +193,9 @@ impl Container {
         let stdio = self.inner().child_io.take();
         let stdio = stdio.ok_or_else(|| Error::failed_precondition("restored once already"))?;
         let window = self.runtime.reaper.window();
-        let runc = self.runtime.start(&verb, stdio, &[(CONFIG_ENV, &config)])?;
+        let mut all = vec![(CONFIG_ENV, config)];
+        all.extend_from_slice(env);
+        let runc = self.runtime.start(&verb, stdio, &all)?;
         Ok(Attempt { runc, window, log: params.work.join("restore.log") })
     }
 
@@ -179,7 +209,7 @@ impl Container {
 
     /// The restore has failed or was refused: nothing of it is left and the task is stopped.
     /// Holds `op`.
-    async fn never_ran(&self, attempt: &mut Attempt, init: Option<&Child>) {
+    pub(super) async fn never_ran(&self, attempt: &mut Attempt, init: Option<&Child>) {
         if let Err(err) = attempt.runc.wait(UNDO).await {
             log::debug!("the restore of {} has ended: {err}", self.id);
         }
@@ -271,21 +301,38 @@ impl Drop for Held {
 }
 
 async fn release(container: Arc<Container>, undecided: Undecided) -> Result<u32> {
-    let Undecided { mut hold, mut attempt, init } = undecided;
+    let Undecided { hold, mut attempt, init } = undecided;
     let _op = container.op.write().await;
     admit(container.snapshot().status, Op::Release)?;
-    let released = hold.go().context("release the restore");
-    let result = match released {
-        Ok(()) => {
-            let exit = attempt.runc.child.wait().await;
-            match exit.status {
-                0 => Ok(()),
-                status => Err(explain(attempt.runc.failure(status), "restore", &attempt.log)),
+    let result = match hold {
+        Holder::Script(mut hold) => match hold.go().context("release the restore") {
+            Ok(()) => returned(&mut attempt).await,
+            Err(err) => Err(err),
+        },
+        Holder::Line(line, decided) => match decide(decided.as_deref()) {
+            Ok(()) => {
+                line.go();
+                if line.resumed().await {
+                    // They run: runc's return is nothing to wait for.
+                    let pid = container.runs(init);
+                    let id = container.id.clone();
+                    tokio::spawn(async move {
+                        if let Err(err) = returned(&mut attempt).await {
+                            warn!("runc after the restore of {id}: {err}");
+                        }
+                        drop(line);
+                    });
+                    return Ok(pid);
+                }
+                let failed = Error::internal("CRIU has not let the tasks run");
+                Err(returned(&mut attempt).await.err().unwrap_or(failed))
             }
-        }
-        Err(err) => Err(err),
+            Err(err) => {
+                line.refuse();
+                Err(err)
+            }
+        },
     };
-    drop(hold);
     match result {
         Ok(()) => Ok(container.runs(init)),
         Err(err) => {
@@ -295,15 +342,41 @@ async fn release(container: Arc<Container>, undecided: Undecided) -> Result<u32>
     }
 }
 
+/// Makes the file of the decision, and must be the one to make it.
+fn decide(decided: Option<&Path>) -> Result<()> {
+    let Some(path) = decided else { return Ok(()) };
+    let made = std::fs::OpenOptions::new().write(true).create_new(true).open(path);
+    made.map(drop).context("decide that the restore may run")
+}
+
+/// Waits for runc's return.
+async fn returned(attempt: &mut Attempt) -> Result<()> {
+    let exit = attempt.runc.child.wait().await;
+    match exit.status {
+        0 => Ok(()),
+        status => Err(explain(attempt.runc.failure(status), "restore", &attempt.log)),
+    }
+}
+
 async fn abort(container: Arc<Container>, undecided: Undecided) {
-    let Undecided { mut hold, mut attempt, init } = undecided;
+    let Undecided { hold, mut attempt, init } = undecided;
     let _op = container.op.write().await;
     if let Err(err) = admit(container.snapshot().status, Op::Abort) {
         return warn!("abort the restore of {}: {err}", container.id);
     }
-    if let Err(err) = hold.refuse() {
-        warn!("refuse the restore: {err}");
+    match hold {
+        Holder::Script(mut hold) => {
+            if let Err(err) = hold.refuse() {
+                warn!("refuse the restore: {err}");
+            }
+        }
+        // Breaks the line too, once runc has ended.
+        Holder::Line(line, _) => {
+            line.refuse();
+            if let Err(err) = attempt.runc.wait(UNDO).await {
+                log::debug!("the restore of {} has ended: {err}", container.id);
+            }
+        }
     }
-    drop(hold);
     container.never_ran(&mut attempt, Some(&init)).await;
 }

@@ -1,10 +1,10 @@
 //! A container that arrives: restored, held, and either let run or ended.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ferry_oci::api::ferry::{Phase, ReleaseResponse, RestoreResponse};
+use ferry_oci::api::ferry::{Phase, ReleaseResponse, RestoreRequest, RestoreResponse};
 use ferry_oci::paths;
 use ferry_oci::record::{Decision, Record};
 use log::warn;
@@ -12,7 +12,7 @@ use log::warn;
 use super::lease::Lease;
 use super::moves::{Move, Side};
 use super::source::micros;
-use crate::container::{Container, Held, HoldParams, RestoreParams};
+use crate::container::{Container, Held, HoldParams, PreparedRestore, RestoreParams};
 use crate::error::{Context as _, Error, Result};
 
 /// How long CRIU may take to restore.
@@ -29,6 +29,8 @@ pub(super) struct AtDestination {
     pub(super) lease: Lease,
     migration: String,
     container: Arc<Container>,
+    /// Until its images are there.
+    waiting: Option<PreparedRestore>,
     /// Until it is decided.
     held: Option<Held>,
 }
@@ -36,45 +38,96 @@ pub(super) struct AtDestination {
 impl AtDestination {
     /// Whether a lost agent still ends the restore.
     pub(super) fn undecided(&self) -> bool {
-        self.held.is_some()
+        self.waiting.is_some() || self.held.is_some()
     }
 }
 
 impl Move {
-    /// Restores and holds.
-    pub(super) async fn restore(
+    /// Starts a restore that waits for its images.
+    pub(super) async fn prepare_restore(
         &self,
         side: &mut Side,
         container: Arc<Container>,
-        migration: &str,
-        images: PathBuf,
+        request: &RestoreRequest,
         lease: Lease,
-    ) -> Result<RestoreResponse> {
-        let start = Instant::now();
-        let work = container.bundle().join("ferry-restore");
-        let params = RestoreParams { images, work, extra: Vec::new(), deadline: RESTORE };
-        let hold = HoldParams {
-            namespaces: has_private_network(container.bundle())?.then(|| LOOPBACK_UP.to_owned()),
-            decided: Some(paths::decided(migration)),
-        };
+    ) -> Result<()> {
+        let migration = &request.migration;
+        let private = has_private_network(container.bundle())?;
         std::fs::create_dir_all(paths::RECORDS).context("make the folder of records")?;
+        let params = restore_params(&container, request);
+        let decided = Some(paths::decided(migration));
         self.enter(Phase::PHASE_RESTORING, migration);
-        let held = match container.restore_held(params, hold).await {
-            Ok(held) => held,
+        let waiting = match container.prepare_restore(params, decided, private, &[]).await {
+            Ok(waiting) => waiting,
             Err(error) => {
                 self.enter(Phase::PHASE_FAILED, migration);
                 return Err(error);
             }
         };
-        let pid = held.pid();
-        *side = Side::Destination(AtDestination {
-            lease: lease.clone(),
-            migration: migration.to_owned(),
+        let alive = lease.is_alive();
+        *side = Side::Destination(Box::new(AtDestination {
+            lease,
+            migration: migration.clone(),
             container,
+            waiting: Some(waiting),
+            held: None,
+        }));
+        self.enter(Phase::PHASE_WAITING, migration);
+        if !alive {
+            self.abort(side).await;
+            return Err(Error::failed_precondition("the caller was lost"));
+        }
+        Ok(())
+    }
+
+    /// Restores and holds.
+    pub(super) async fn restore(
+        &self,
+        side: &mut Side,
+        container: Arc<Container>,
+        request: &RestoreRequest,
+        lease: Lease,
+    ) -> Result<RestoreResponse> {
+        let start = Instant::now();
+        let migration = &request.migration;
+        let waiting = match side {
+            Side::Destination(destination) => destination.waiting.take(),
+            _ => None,
+        };
+        let held = match waiting {
+            Some(waiting) => {
+                let inventory = paths::images(migration).join(paths::INVENTORY_FILE);
+                match std::fs::read(&inventory).context("read the inventory") {
+                    Ok(inventory) => waiting.restore(&inventory).await,
+                    Err(error) => {
+                        waiting.abandon().await;
+                        Err(error)
+                    }
+                }
+            }
+            None => {
+                let hold = HoldParams {
+                    namespaces: has_private_network(container.bundle())?
+                        .then(|| LOOPBACK_UP.to_owned()),
+                    decided: Some(paths::decided(migration)),
+                };
+                std::fs::create_dir_all(paths::RECORDS).context("make the folder of records")?;
+                self.enter(Phase::PHASE_RESTORING, migration);
+                container.restore_held(restore_params(&container, request), hold).await
+            }
+        };
+        let held = held.inspect_err(|_| self.enter(Phase::PHASE_FAILED, migration))?;
+        let pid = held.pid();
+        let alive = lease.is_alive();
+        *side = Side::Destination(Box::new(AtDestination {
+            lease,
+            migration: migration.clone(),
+            container,
+            waiting: None,
             held: Some(held),
-        });
+        }));
         self.enter(Phase::PHASE_HELD, migration);
-        if !lease.is_alive() {
+        if !alive {
             self.abort(side).await;
             return Err(Error::failed_precondition("the caller was lost"));
         }
@@ -121,12 +174,23 @@ impl Move {
 
     /// Ends a held restore. Nothing to do when there is none.
     pub(super) async fn abort(&self, side: &mut Side) {
-        if let Side::Destination(destination) = side
-            && let Some(held) = destination.held.take()
-        {
-            held.abort().await;
-            self.enter(Phase::PHASE_FAILED, &destination.migration);
+        let Side::Destination(destination) = side else { return };
+        match (destination.waiting.take(), destination.held.take()) {
+            (Some(waiting), _) => waiting.abandon().await,
+            (None, Some(held)) => held.abort().await,
+            (None, None) => return,
         }
+        self.enter(Phase::PHASE_FAILED, &destination.migration);
+    }
+}
+
+fn restore_params(container: &Container, request: &RestoreRequest) -> RestoreParams {
+    RestoreParams {
+        images: paths::images(&request.migration),
+        work: container.bundle().join("ferry-restore"),
+        extra: Vec::new(),
+        lazy_pages: request.lazy_pages,
+        deadline: RESTORE,
     }
 }
 

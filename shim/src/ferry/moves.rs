@@ -38,8 +38,8 @@ impl Moves {
 pub(super) enum Side {
     #[default]
     None,
-    Source(AtSource),
-    Destination(AtDestination),
+    Source(Box<AtSource>),
+    Destination(Box<AtDestination>),
 }
 
 /// What others may see of a migration without waiting for its slow steps.
@@ -99,12 +99,14 @@ impl Move {
 /// Steps of a migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
+    PrepareDump,
     Freeze,
     Dump,
     Thaw,
     Commit,
     Revert,
     Retire,
+    PrepareRestore,
     Restore,
     Release,
     Abort,
@@ -114,18 +116,21 @@ pub(super) enum Step {
 fn admit(step: Step, migration: &str, seen: &Seen) -> Result<()> {
     use Phase as P;
     let legal: &[P] = match step {
-        Step::Freeze => &[P::PHASE_NONE],
+        Step::PrepareDump => &[P::PHASE_NONE],
+        Step::Freeze => &[P::PHASE_NONE, P::PHASE_PREPARED],
         Step::Dump => &[P::PHASE_FROZEN],
-        Step::Thaw => &[P::PHASE_FROZEN, P::PHASE_DUMPED],
+        Step::Thaw => &[P::PHASE_PREPARED, P::PHASE_FROZEN, P::PHASE_DUMPED],
         Step::Commit => &[P::PHASE_DUMPED],
         Step::Revert => &[P::PHASE_COMMITTED],
         Step::Retire => &[P::PHASE_COMMITTED, P::PHASE_RETIRED],
-        Step::Restore => &[P::PHASE_NONE],
+        Step::PrepareRestore => &[P::PHASE_NONE],
+        Step::Restore => &[P::PHASE_NONE, P::PHASE_WAITING],
         Step::Release => &[P::PHASE_HELD],
-        Step::Abort => &[P::PHASE_NONE, P::PHASE_HELD, P::PHASE_FAILED],
+        Step::Abort => &[P::PHASE_NONE, P::PHASE_WAITING, P::PHASE_HELD, P::PHASE_FAILED],
     };
     // What came here and runs here may leave again.
-    let fresh = matches!(step, Step::Freeze) && seen.phase == P::PHASE_RELEASED;
+    let leaves = matches!(step, Step::PrepareDump | Step::Freeze);
+    let fresh = leaves && seen.phase == P::PHASE_RELEASED;
     if !fresh && !legal.contains(&seen.phase) {
         let phase = format!("{:?}", seen.phase).replace("PHASE_", "").to_lowercase();
         return Err(Error::failed_precondition(format!(
@@ -133,7 +138,7 @@ fn admit(step: Step, migration: &str, seen: &Seen) -> Result<()> {
             format!("{step:?}").to_lowercase(),
         )));
     }
-    let starts = matches!(step, Step::Freeze | Step::Restore) || seen.phase == P::PHASE_NONE;
+    let starts = fresh || seen.phase == P::PHASE_NONE;
     if !starts && seen.migration != migration {
         return Err(Error::failed_precondition(format!(
             "migration {} is under way, not {migration}",
@@ -147,13 +152,15 @@ fn admit(step: Step, migration: &str, seen: &Seen) -> Result<()> {
 mod tests {
     use super::*;
 
-    const STEPS: [Step; 9] = [
+    const STEPS: [Step; 11] = [
+        Step::PrepareDump,
         Step::Freeze,
         Step::Dump,
         Step::Thaw,
         Step::Commit,
         Step::Revert,
         Step::Retire,
+        Step::PrepareRestore,
         Step::Restore,
         Step::Release,
         Step::Abort,
@@ -166,15 +173,21 @@ mod tests {
 
     #[test]
     fn each_phase_has_its_steps_and_no_others() {
-        use Step::{Abort, Commit, Dump, Freeze, Release, Restore, Retire, Revert, Thaw};
-        assert_eq!(legal(Phase::PHASE_NONE), [Freeze, Restore, Abort]);
+        use Step::{
+            Abort, Commit, Dump, Freeze, PrepareDump, PrepareRestore, Release, Restore, Retire,
+            Revert, Thaw,
+        };
+        let first = [PrepareDump, Freeze, PrepareRestore, Restore, Abort];
+        assert_eq!(legal(Phase::PHASE_NONE), first);
+        assert_eq!(legal(Phase::PHASE_PREPARED), [Freeze, Thaw]);
+        assert_eq!(legal(Phase::PHASE_WAITING), [Restore, Abort]);
         assert_eq!(legal(Phase::PHASE_FROZEN), [Dump, Thaw]);
         assert_eq!(legal(Phase::PHASE_DUMPED), [Thaw, Commit]);
         assert_eq!(legal(Phase::PHASE_COMMITTED), [Revert, Retire]);
         assert_eq!(legal(Phase::PHASE_RETIRED), [Retire]);
         assert_eq!(legal(Phase::PHASE_RESTORING), []);
         assert_eq!(legal(Phase::PHASE_HELD), [Release, Abort]);
-        assert_eq!(legal(Phase::PHASE_RELEASED), [Freeze]);
+        assert_eq!(legal(Phase::PHASE_RELEASED), [PrepareDump, Freeze]);
         assert_eq!(legal(Phase::PHASE_FAILED), [Abort]);
     }
 

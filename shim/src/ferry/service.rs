@@ -7,7 +7,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use ferry_oci::api::ferry::{
     CommitRequest, DescribeRequest, Description, DumpResponse, Empty, FreezeRequest,
-    FreezeResponse, MigrationRequest, Phase, ReleaseResponse, RestoreRequest, RestoreResponse,
+    FreezeResponse, MigrationRequest, Phase, PrepareDumpRequest, PrepareDumpResponse,
+    ReleaseResponse, RestoreRequest, RestoreResponse,
 };
 use ferry_oci::api::ferry_ttrpc::Ferry;
 use ferry_oci::paths;
@@ -33,6 +34,16 @@ impl FerryService {
         }
         Ok((self.containers.get(id)?, self.moves.of(id)))
     }
+}
+
+/// Images come from one folder only.
+fn check_folder(request: &RestoreRequest) -> Result<()> {
+    let images = paths::images(&request.migration);
+    if Path::new(&request.images_path) == images {
+        return Ok(());
+    }
+    let text = format!("images are expected in {}", images.display());
+    Err(Error::invalid_argument(text))
 }
 
 /// Runs a step to its end even when its caller is lost in the middle of it.
@@ -82,6 +93,22 @@ impl Ferry for FerryService {
             shim_pid: std::process::id(),
             ..Default::default()
         })
+    }
+
+    async fn prepare_dump(
+        &self,
+        context: &TtrpcContext,
+        request: PrepareDumpRequest,
+    ) -> ttrpc::Result<PrepareDumpResponse> {
+        let (container, a_move) = self.find(&request.id, &request.migration)?;
+        let containers = self.containers.clone();
+        let lease = Lease::of(context);
+        finish(async move {
+            let mut side = a_move.side.lock().await;
+            a_move.admit(Step::PrepareDump, &request.migration)?;
+            a_move.prepare_dump(&mut side, &containers, container, &request, lease).await
+        })
+        .await
     }
 
     async fn freeze(
@@ -170,22 +197,35 @@ impl Ferry for FerryService {
         .await
     }
 
+    async fn prepare_restore(
+        &self,
+        context: &TtrpcContext,
+        request: RestoreRequest,
+    ) -> ttrpc::Result<Empty> {
+        let (container, a_move) = self.find(&request.id, &request.migration)?;
+        check_folder(&request)?;
+        let lease = Lease::of(context);
+        finish(async move {
+            let mut side = a_move.side.lock().await;
+            a_move.admit(Step::PrepareRestore, &request.migration)?;
+            a_move.prepare_restore(&mut side, container, &request, lease).await?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
     async fn restore(
         &self,
         context: &TtrpcContext,
         request: RestoreRequest,
     ) -> ttrpc::Result<RestoreResponse> {
         let (container, a_move) = self.find(&request.id, &request.migration)?;
-        let images = paths::images(&request.migration);
-        if Path::new(&request.images_path) != images {
-            let text = format!("images are expected in {}", images.display());
-            return Err(Error::invalid_argument(text).into());
-        }
+        check_folder(&request)?;
         let lease = Lease::of(context);
         finish(async move {
             let mut side = a_move.side.lock().await;
             a_move.admit(Step::Restore, &request.migration)?;
-            a_move.restore(&mut side, container, &request.migration, images, lease).await
+            a_move.restore(&mut side, container, &request, lease).await
         })
         .await
     }

@@ -5,8 +5,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ferry_oci::api::ferry::{DumpResponse, FreezeRequest, FreezeResponse, Phase};
-use ferry_oci::criu::{DumpOptions, NetworkLock};
+use ferry_oci::api::ferry::{
+    DumpResponse, FreezeRequest, FreezeResponse, Phase, PrepareDumpRequest, PrepareDumpResponse,
+};
+use ferry_oci::criu::{DumpOptions, NetworkLock, RECORD_FILE};
+use ferry_oci::fast::{self, Fast};
 use ferry_oci::freezer::Freezer;
 use ferry_oci::record::Record;
 use ferry_oci::{paths, quarantine, sockets};
@@ -14,7 +17,7 @@ use log::warn;
 
 use super::lease::Lease;
 use super::moves::{Move, Side};
-use crate::container::{CheckpointParams, Container, Reservation};
+use crate::container::{CheckpointParams, Container, PreparedDump, Reservation};
 use crate::containers::Containers;
 use crate::error::{Context as _, Error, Result};
 use crate::state::Status;
@@ -28,6 +31,8 @@ const EXIT: Duration = Duration::from_secs(30);
 /// How long CRIU may take to stop the tasks, seconds. They stand still already; its own default of
 /// 10 s is only paid when it fails, and the clients pay it.
 const SEIZE_S: u32 = 3;
+/// What a restore reads before it opens its first image.
+const EARLY_FILES: [&str; 2] = ["descriptors.json", RECORD_FILE];
 /// The longest freeze that a driver may ask for.
 const MAX_LIMIT: Duration = Duration::from_secs(24 * 3600);
 
@@ -37,7 +42,10 @@ pub(super) struct AtSource {
     migration: String,
     container: Arc<Container>,
     freezer: Freezer,
+    frozen: bool,
     locked: bool,
+    /// A dump that waits, or is held at its end.
+    dump: Option<PreparedDump>,
     /// Written down: the destination shall run it.
     committed: bool,
     /// Keeps the Task API out; gone when the tasks have ended.
@@ -54,10 +62,89 @@ impl AtSource {
     fn images(&self) -> PathBuf {
         paths::images(&self.migration)
     }
+
+    fn work(&self) -> PathBuf {
+        self.container.bundle().join("ferry-dump")
+    }
+
+    /// Lets a dump end that was prepared, with the tasks as they were.
+    async fn end_dump(&mut self) {
+        if let Some(dump) = self.dump.take() {
+            dump.finish().await;
+        }
+        let _ = std::fs::remove_dir_all(self.work());
+    }
 }
 
 impl Move {
-    /// Freezes, then locks the connections.
+    /// Starts a dump that waits; the container runs on.
+    pub(super) async fn prepare_dump(
+        self: &Arc<Self>,
+        side: &mut Side,
+        containers: &Arc<Containers>,
+        container: Arc<Container>,
+        request: &PrepareDumpRequest,
+        lease: Lease,
+    ) -> Result<PrepareDumpResponse> {
+        let start = Instant::now();
+        must_run(&container)?;
+        // Asked once and kept: not between freeze and resume.
+        container.runtime().version().await;
+        let mut source = self.begin(container, &request.migration, lease, request.limit_s)?;
+        let fast = fast::parse(&request.fast);
+        let params = dump_params(&source, &fast, NetworkLock::Skip);
+        let images = params.images.clone();
+        match source.container.prepare_dump(params, None, &[]).await {
+            Ok(dump) => source.dump = Some(dump),
+            Err(error) => {
+                let _ = std::fs::remove_dir_all(&images);
+                source.end_dump().await;
+                remove_note(&source.container);
+                return Err(error);
+            }
+        }
+        let early_files = EARLY_FILES.into_iter().filter(|name| images.join(name).is_file());
+        let early_files = early_files.map(str::to_owned).collect();
+        let (alive, limit) = (source.lease.is_alive(), limit_of(request.limit_s));
+        *side = Side::Source(Box::new(source));
+        self.enter(Phase::PHASE_PREPARED, &request.migration);
+        self.limit(containers.clone(), limit);
+        if !alive {
+            self.thaw(side, containers).await?;
+            return Err(Error::failed_precondition("the caller was lost"));
+        }
+        Ok(PrepareDumpResponse {
+            images_path: images.display().to_string(),
+            early_files,
+            prepare_us: micros(start),
+            ..Default::default()
+        })
+    }
+
+    fn begin(
+        &self,
+        container: Arc<Container>,
+        migration: &str,
+        lease: Lease,
+        limit_s: u32,
+    ) -> Result<AtSource> {
+        let freezer = Freezer::of(container.snapshot().pid).context("find the freezer")?;
+        leave_note(&container, migration)?;
+        Ok(AtSource {
+            lease,
+            migration: migration.to_owned(),
+            container,
+            freezer,
+            frozen: false,
+            locked: false,
+            dump: None,
+            committed: false,
+            reservation: None,
+            deadline: Instant::now() + limit_of(limit_s),
+        })
+    }
+
+    /// Freezes, then locks the connections. If it fails, nothing is left of the migration here.
     pub(super) async fn freeze(
         self: &Arc<Self>,
         side: &mut Side,
@@ -66,58 +153,35 @@ impl Move {
         request: &FreezeRequest,
         lease: Lease,
     ) -> Result<FreezeResponse> {
-        let snapshot = container.snapshot();
-        if snapshot.status != Status::Running {
-            return Err(Error::failed_precondition(format!(
-                "{} is {:?}, not running",
-                container.id(),
-                snapshot.status
-            )));
-        }
         let addresses = addresses(&request.lock_addresses)?;
-        let limit = Duration::from_secs(request.limit_s.into()).min(MAX_LIMIT);
-        let freezer = Freezer::of(snapshot.pid).context("find the freezer")?;
-        let reservation = container.reserve("is being migrated")?;
-        // Asked once and kept: not between freeze and resume.
-        container.runtime().version().await;
-        leave_note(&container, &request.migration)?;
-        let (handle, freezing) = (freezer.clone(), freezer.clone());
-        let frozen = tokio::task::spawn_blocking(move || handle.freeze(FREEZER))
-            .await
-            .context("freeze")?
-            .context("freeze");
-        let took = frozen.inspect_err(|_| remove_note(&container))?;
-        // Not before the freeze: the program would see its packets refused. What the kernel
-        // acknowledges until the lock is there is in the dump.
-        let start = Instant::now();
-        let locked = !addresses.is_empty();
-        if locked && let Err(error) = lock(containers, &request.migration, &addresses).await {
-            // nft may have been ended after it had done its work.
-            let unlocked = unlock(containers, &request.migration).await;
-            let thawed = freezing.thaw(FREEZER);
-            remove_note(&container);
-            warn!("after a failed lock: unlock {unlocked:?}, thaw {thawed:?}");
-            return Err(error);
+        if !matches!(side, Side::Source(_)) {
+            must_run(&container)?;
+            container.runtime().version().await;
+            let source = self.begin(container, &request.migration, lease, request.limit_s)?;
+            *side = Side::Source(Box::new(source));
         }
-        let lock_us = micros(start);
-        *side = Side::Source(AtSource {
-            lease: lease.clone(),
-            migration: request.migration.clone(),
-            container,
-            freezer: freezing,
-            locked,
-            committed: false,
-            reservation: Some(reservation),
-            deadline: Instant::now() + limit,
-        });
-        self.enter(Phase::PHASE_FROZEN, &request.migration);
-        self.limit(containers.clone(), limit);
-        if !lease.is_alive() {
-            self.thaw(side, containers).await?;
-            return Err(Error::failed_precondition("the caller was lost"));
+        let frozen = freeze_and_lock(at_source(side)?, containers, &addresses).await;
+        let limit = limit_of(request.limit_s);
+        match frozen {
+            Ok(response) => {
+                let source = at_source(side)?;
+                source.deadline = Instant::now() + limit;
+                let alive = source.lease.is_alive();
+                self.enter(Phase::PHASE_FROZEN, &request.migration);
+                self.limit(containers.clone(), limit);
+                if !alive {
+                    self.thaw(side, containers).await?;
+                    return Err(Error::failed_precondition("the caller was lost"));
+                }
+                Ok(response)
+            }
+            Err(error) => {
+                if let Err(error) = self.thaw(side, containers).await {
+                    warn!("after a failed freeze: {error}");
+                }
+                Err(error)
+            }
         }
-        let freeze_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-        Ok(FreezeResponse { lock_us, freeze_us, ..Default::default() })
     }
 
     /// Thaws by itself when the limit passes without a commit.
@@ -143,26 +207,25 @@ impl Move {
         let source = at_source(side)?;
         let start = Instant::now();
         let images = source.images();
-        let work = source.container.bundle().join("ferry-dump");
-        let options = DumpOptions {
-            tcp_established: true,
-            // Ours keeps the whole address silent. A private network has only loopback, which
-            // CRIU locks in there.
-            network_lock: if source.locked { NetworkLock::Skip } else { NetworkLock::Nftables },
-            ..Default::default()
-        };
-        let deadline = source.deadline.saturating_duration_since(Instant::now());
-        let params = CheckpointParams {
-            images: images.clone(),
-            work: work.clone(),
-            leave_running: true,
-            options,
-            extra: vec![format!("timeout {SEIZE_S}")],
-            deadline,
-        };
-        let done = source.container.checkpoint(params).await;
-        let _ = std::fs::remove_dir_all(&work);
-        done?;
+        match &mut source.dump {
+            Some(dump) => {
+                dump.dump().await?;
+                // CRIU thaws once it holds every task by ptrace, and freezes again at its end, which
+                // comes later here: the tasks must stand still even if it is killed.
+                let freezer = source.freezer.clone();
+                let frozen = tokio::task::spawn_blocking(move || freezer.freeze(FREEZER));
+                frozen.await.context("freeze again")?.context("freeze again")?;
+            }
+            None => {
+                // Ours keeps the whole address silent. A private network has only loopback, which
+                // CRIU locks in there.
+                let lock = if source.locked { NetworkLock::Skip } else { NetworkLock::Nftables };
+                let params = dump_params(source, &[], lock);
+                let done = source.container.checkpoint(params).await;
+                let _ = std::fs::remove_dir_all(source.work());
+                done?;
+            }
+        }
         // CRIU gives the freezer back as it found it; a container that ran on since the dump must
         // never be committed.
         if !source.freezer.is_frozen().context("look at the freezer")? {
@@ -180,16 +243,21 @@ impl Move {
     /// Gives the container back: thawed, unlocked, nothing left of the migration.
     pub(super) async fn thaw(&self, side: &mut Side, containers: &Containers) -> Result<()> {
         let source = at_source(side)?;
+        // CRIU must have let go of the tasks before they run.
+        source.end_dump().await;
         // Unlocked first, or the program would see its packets refused.
         let unlocked = match source.locked {
             true => unlock(containers, &source.migration).await,
             false => Ok(()),
         };
-        let freezer = source.freezer.clone();
-        tokio::task::spawn_blocking(move || freezer.thaw(FREEZER))
-            .await
-            .context("thaw")?
-            .context("thaw")?;
+        if source.frozen {
+            let freezer = source.freezer.clone();
+            tokio::task::spawn_blocking(move || freezer.thaw(FREEZER))
+                .await
+                .context("thaw")?
+                .context("thaw")?;
+            source.frozen = false;
+        }
         let images = source.images();
         if let Err(error) = std::fs::remove_dir_all(&images)
             && error.kind() != std::io::ErrorKind::NotFound
@@ -230,6 +298,7 @@ impl Move {
         if source.reservation.is_none() {
             return Ok(());
         }
+        source.end_dump().await;
         if source.container.snapshot().status != Status::Stopped {
             let pids = source.container.pids().await?;
             let silenced = tokio::task::spawn_blocking(move || sockets::silence(&pids))
@@ -249,6 +318,59 @@ impl Move {
         source.reservation = None;
         self.enter(Phase::PHASE_RETIRED, &source.migration);
         Ok(())
+    }
+}
+
+/// Freezes and locks, in this order: the program would see its packets refused otherwise. What the
+/// kernel acknowledges until the lock is there is in the dump.
+async fn freeze_and_lock(
+    source: &mut AtSource,
+    containers: &Containers,
+    addresses: &[Ipv4Addr],
+) -> Result<FreezeResponse> {
+    source.reservation = Some(source.container.reserve("is being migrated")?);
+    must_run(&source.container)?;
+    let freezer = source.freezer.clone();
+    let frozen = tokio::task::spawn_blocking(move || freezer.freeze(FREEZER));
+    let took = frozen.await.context("freeze")?.context("freeze")?;
+    source.frozen = true;
+    let start = Instant::now();
+    source.locked = !addresses.is_empty();
+    if source.locked {
+        lock(containers, &source.migration, addresses).await?;
+    }
+    let freeze_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+    Ok(FreezeResponse { lock_us: micros(start), freeze_us, ..Default::default() })
+}
+
+fn must_run(container: &Container) -> Result<()> {
+    match container.snapshot().status {
+        Status::Running => Ok(()),
+        status => {
+            let text = format!("{} is {status:?}, not running", container.id());
+            Err(Error::failed_precondition(text))
+        }
+    }
+}
+
+fn limit_of(seconds: u32) -> Duration {
+    Duration::from_secs(seconds.into()).min(MAX_LIMIT)
+}
+
+fn dump_params(source: &AtSource, fast: &[Fast], network_lock: NetworkLock) -> CheckpointParams {
+    let ignore = fast.contains(&Fast::Cgroups).then(|| "ignore".to_owned());
+    CheckpointParams {
+        images: source.images(),
+        work: source.work(),
+        leave_running: true,
+        options: DumpOptions {
+            tcp_established: true,
+            network_lock,
+            manage_cgroups: ignore,
+            ..Default::default()
+        },
+        extra: vec![format!("timeout {SEIZE_S}")],
+        deadline: source.deadline.saturating_duration_since(Instant::now()),
     }
 }
 

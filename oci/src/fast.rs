@@ -1,0 +1,72 @@
+//! The fast paths of a migration: what keeps the pause short, and can be turned off.
+//!
+//! Behind each is a slow path that is just as correct. `ferry migrate --no-fast NAME` takes it, to
+//! find a fault; it is also taken where a host lacks what the fast one needs. Plan and report say
+//! which are on and which were really used.
+
+use serde::{Deserialize, Serialize};
+
+/// A fast path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fast {
+    /// runc and CRIU are started for the dump before the freeze and wait; CRIU ends after the pause.
+    HeldDump,
+    /// runc and CRIU are started for the restore before the freeze and wait for the images; nothing
+    /// waits for runc's return.
+    HeldRestore,
+    /// Cgroups are left to runc.
+    Cgroups,
+}
+
+impl Fast {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::HeldDump, Self::HeldRestore, Self::Cgroups];
+
+    /// Name, as given to `--no-fast`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::HeldDump => "held-dump",
+            Self::HeldRestore => "held-restore",
+            Self::Cgroups => "cgroups",
+        }
+    }
+
+    /// The fast path of that name.
+    pub fn of(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|fast| fast.name() == name)
+    }
+
+    /// What it does, in a few words.
+    pub fn what(self) -> &'static str {
+        match self {
+            Self::HeldDump => "dump started before the freeze",
+            Self::HeldRestore => "restore started before the freeze",
+            Self::Cgroups => "cgroups left to runc",
+        }
+    }
+}
+
+/// The fast paths among `names`; unknown names are those of another version and not taken.
+pub fn parse<S: AsRef<str>>(names: impl IntoIterator<Item = S>) -> Vec<Fast> {
+    names.into_iter().filter_map(|name| Fast::of(name.as_ref())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_fast_path_has_a_name_of_its_own() {
+        for fast in Fast::ALL {
+            assert_eq!(Fast::of(fast.name()), Some(fast));
+            let json = serde_json::to_string(&fast).unwrap();
+            assert_eq!(json, format!("\"{}\"", fast.name()));
+        }
+    }
+
+    #[test]
+    fn unknown_names_are_not_taken() {
+        assert_eq!(parse(["cgroups", "teleport"]), [Fast::Cgroups]);
+    }
+}

@@ -1,0 +1,275 @@
+//! A dump or a restore that has started and waits: runc and CRIU are up while the container still
+//! runs on its source.
+//!
+//! ```text
+//!   prepare_dump ────── waits at its gate ── dump ───── held at post-dump ───── finish
+//!   prepare_restore ─── waits at its gate ── restore ── held at post-restore ── release or abort
+//!                           │                               │
+//!                        dropped: fails, nothing has changed; or ends, tasks as they were
+//! ```
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ferry_oci::criu::{CONFIG_ENV, Config, DUMP_GATE, Gate, RESTORE_GATE, Waiting};
+use log::warn;
+use tokio::time::{sleep, timeout};
+
+use super::Container;
+use super::checkpoint::{self, CheckpointParams, explain};
+use super::relay::{Line, Relay};
+use super::restore::{Attempt, Held, Holder, RestoreParams};
+use crate::error::{Context as _, Error, Result};
+use crate::runtime::Running;
+use crate::state::{Op, admit};
+
+/// How long runc and CRIU may take to come to a gate.
+pub(super) const STARTUP: Duration = Duration::from_secs(20);
+/// How often a gate is looked at.
+const LOOK: Duration = Duration::from_millis(1);
+/// How long CRIU may take to end after a dump.
+const END: Duration = Duration::from_secs(20);
+
+/// A dump that waits, or is held at its end. Dropping it ends it, with the tasks as they were.
+pub(crate) struct PreparedDump {
+    container: Arc<Container>,
+    params: CheckpointParams,
+    runc: Running,
+    line: Line,
+    waiting: Option<Waiting>,
+    _gate: Gate,
+    held: bool,
+}
+
+impl Container {
+    /// Starts a dump up to its gate. The container runs on.
+    pub(crate) async fn prepare_dump(
+        self: &Arc<Self>,
+        params: CheckpointParams,
+        preload: Option<&Path>,
+        env: &[(&'static str, PathBuf)],
+    ) -> Result<PreparedDump> {
+        admit(self.snapshot().status, Op::Checkpoint)?;
+        for folder in [&params.images, &params.work] {
+            std::fs::create_dir_all(folder)
+                .context(format!("make the folder {}", folder.display()))?;
+        }
+        let relay = Relay::listen(&params.images, &params.work)?;
+        let gate = Gate::make(&params.work.join(DUMP_GATE)).context("make the dump's gate")?;
+        let config = Config {
+            tcp_established: params.options.tcp_established,
+            network_lock: params.options.network_lock,
+            action_script: None,
+            extra: params.extra.clone(),
+        };
+        let config = config.write(&params.work).context("write CRIU's configuration")?;
+        let mut all = relay.env(preload);
+        all.push((CONFIG_ENV, config));
+        all.extend_from_slice(env);
+        let line = relay.start(false);
+        let mut runc = self.runtime.begin(&checkpoint::verb(&self.id, &params)?, &all)?;
+        let waiting = match until_waiting(&gate, &mut runc).await {
+            Ok(waiting) => waiting,
+            Err(err) => {
+                drop((line, gate));
+                let _ = runc.wait(END).await;
+                return Err(self.dump_failed(err, &params.work).await);
+            }
+        };
+        self.write_record(&params).await?;
+        let (container, waiting) = (self.clone(), Some(waiting));
+        Ok(PreparedDump { container, params, runc, line, waiting, _gate: gate, held: false })
+    }
+}
+
+impl PreparedDump {
+    /// Dumps. When it returns, every image is complete and CRIU is held; the tasks are as they
+    /// were, and stay under CRIU until [`PreparedDump::finish`].
+    pub(crate) async fn dump(&mut self) -> Result<()> {
+        let _op = self.container.op.write().await;
+        let waiting = self.waiting.take();
+        let waiting = waiting.ok_or_else(|| Error::failed_precondition("dumped once already"))?;
+        let opened = waiting.open_dump().context("let the dump go on");
+        let outcome = match opened {
+            Ok(()) => {
+                let deadline = self.params.deadline;
+                let (line, runc) = (&self.line, &mut self.runc);
+                let ended = timeout(deadline, async {
+                    tokio::select! {
+                        biased;
+                        held = line.held() => held.is_some(),
+                        _ = runc.child.wait() => false,
+                    }
+                });
+                match ended.await {
+                    Ok(true) => {
+                        self.held = true;
+                        return Ok(());
+                    }
+                    Ok(false) => Err(match self.runc.wait(END).await {
+                        Ok(()) => Error::internal("runc has ended before the dump"),
+                        Err(err) => err,
+                    }),
+                    Err(_) => {
+                        self.runc.child.kill_group();
+                        Err(Error::deadline_exceeded(format!("no dump after {deadline:?}")))
+                    }
+                }
+            }
+            Err(err) => Err(err),
+        };
+        match outcome {
+            Ok(()) => Ok(()),
+            Err(err) => Err(self.container.dump_failed(err, &self.params.work).await),
+        }
+    }
+
+    /// Lets CRIU end, and waits for it and runc. The tasks are as they were before the dump, or
+    /// before its gate if there was none.
+    pub(crate) async fn finish(mut self) {
+        self.let_go();
+        let start = Instant::now();
+        if let Err(err) = self.runc.wait(END).await
+            && self.held
+        {
+            warn!("runc after the dump, {:?}: {err}", start.elapsed());
+        }
+        if self.held {
+            self.container.checkpointed(&self.params.images);
+        }
+    }
+
+    fn let_go(&mut self) {
+        // Who waits at a gate that closes, fails; nothing has changed yet.
+        self.waiting = None;
+        self.line.go();
+    }
+}
+
+/// A restore that waits. Dropping it fails it.
+pub(crate) struct PreparedRestore {
+    container: Arc<Container>,
+    params: RestoreParams,
+    attempt: Attempt,
+    line: Line,
+    waiting: Waiting,
+    gate: Gate,
+    decided: Option<PathBuf>,
+}
+
+impl Container {
+    /// Starts a restore up to its gate. The folder has what runc reads before it starts CRIU:
+    /// descriptors.json and the record of the dump. `decided` is the file that the release makes
+    /// before anything runs; `private_network` says that CRIU makes a network namespace.
+    pub(crate) async fn prepare_restore(
+        self: &Arc<Self>,
+        params: RestoreParams,
+        decided: Option<PathBuf>,
+        private_network: bool,
+        env: &[(&'static str, PathBuf)],
+    ) -> Result<PreparedRestore> {
+        let _op = self.op.write().await;
+        admit(self.snapshot().status, Op::Restore)?;
+        std::fs::create_dir_all(&params.work).context("make the work folder")?;
+        let relay = Relay::listen(&params.images, &params.work)?;
+        let gate = Gate::make(&params.images.join(RESTORE_GATE)).context("make the gate")?;
+        let mut all = relay.env(None);
+        all.extend_from_slice(env);
+        let line = relay.start(private_network);
+        let mut attempt = self.begin(&params, None, &all)?;
+        match until_waiting(&gate, &mut attempt.runc).await {
+            Ok(waiting) => {
+                let container = self.clone();
+                Ok(PreparedRestore { container, params, attempt, line, waiting, gate, decided })
+            }
+            Err(err) => {
+                drop((line, gate));
+                let err = explain(err, "restore", &attempt.log);
+                self.never_ran(&mut attempt, None).await;
+                Err(err)
+            }
+        }
+    }
+}
+
+impl PreparedRestore {
+    /// Restores with all images in place and `inventory` for the one it waits for, up to
+    /// post-restore, and holds it there.
+    pub(crate) async fn restore(self, inventory: &[u8]) -> Result<Held> {
+        let Self { container, params, mut attempt, line, waiting, gate, decided } = self;
+        let _op = container.op.write().await;
+        let opened = waiting.open_restore(inventory).context("let the restore go on");
+        let deadline = params.deadline;
+        let outcome = match opened {
+            Err(err) => Err(err),
+            Ok(()) => {
+                let runc = &mut attempt.runc;
+                let held = timeout(deadline, async {
+                    tokio::select! {
+                        biased;
+                        held = line.held() => held,
+                        _ = runc.child.wait() => None,
+                    }
+                });
+                match held.await {
+                    Ok(Some(pid)) if pid > 0 => Ok(pid),
+                    Ok(_) => Err(match attempt.runc.wait(END).await {
+                        Ok(()) => Error::internal("runc has ended before the restore"),
+                        Err(err) => explain(err, "restore", &attempt.log),
+                    }),
+                    Err(_) => {
+                        attempt.runc.child.kill_group();
+                        let err = Error::deadline_exceeded(format!("not held after {deadline:?}"));
+                        Err(explain(err, "restore", &attempt.log))
+                    }
+                }
+            }
+        };
+        drop(gate);
+        match outcome {
+            Ok(pid) => Ok(container.held(pid, Holder::Line(line, decided), attempt)),
+            Err(err) => {
+                drop(line);
+                container.never_ran(&mut attempt, None).await;
+                Err(err)
+            }
+        }
+    }
+
+    /// Ends it: the task is stopped afterwards and can be deleted.
+    pub(crate) async fn abandon(self) {
+        let Self { container, mut attempt, line, waiting, .. } = self;
+        let _op = container.op.write().await;
+        drop(waiting);
+        container.never_ran(&mut attempt, None).await;
+        drop(line);
+    }
+}
+
+/// Waits until CRIU has come to `gate`; fails when runc ends before.
+pub(super) async fn until_waiting(gate: &Gate, runc: &mut Running) -> Result<Waiting> {
+    let come = async {
+        loop {
+            match gate.try_open() {
+                Ok(Some(waiting)) => return Ok(waiting),
+                Ok(None) => sleep(LOOK).await,
+                Err(err) => return Err(err).context("look at CRIU's gate"),
+            }
+        }
+    };
+    let outcome = timeout(STARTUP, async {
+        tokio::select! {
+            waiting = come => Ok(waiting),
+            exit = runc.child.wait() => Err(exit),
+        }
+    });
+    match outcome.await {
+        Ok(Ok(waiting)) => waiting,
+        Ok(Err(exit)) => Err(runc.failure(exit.status)),
+        Err(_) => {
+            runc.child.kill_group();
+            Err(Error::deadline_exceeded(format!("CRIU has not come to its gate in {STARTUP:?}")))
+        }
+    }
+}
