@@ -128,8 +128,8 @@ impl Args {
                 let agent = format!("{remote_ferry} agent --stdio");
                 let json = self.json;
                 let to = (to, destination);
-                let fast = Fast::ALL.into_iter().filter(|fast| !no_fast.contains(fast)).collect();
-                let options = Options { container, to, ip, agent, containerd, fast, dry_run, json };
+                let options =
+                    Options { container, to, ip, agent, containerd, no_fast, dry_run, json };
                 migrate::run(options).await
             }
         }

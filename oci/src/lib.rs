@@ -4,6 +4,7 @@
 //! other way round.
 
 pub mod api;
+pub mod cgroups;
 pub mod criu;
 pub mod fast;
 pub mod freezer;

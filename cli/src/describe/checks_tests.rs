@@ -1,52 +1,8 @@
 //! One test for each blocker: a container or host that has it, beside one that has nothing.
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use super::super::container::{Bind, Shared};
+use super::super::samples::{connection, container, host, listener};
 use super::*;
-
-fn host(name: &str) -> HostFacts {
-    HostFacts {
-        hostname: name.into(),
-        boot_id: name.into(),
-        kernel: "6.18".into(),
-        arch: "x86_64".into(),
-        cpu_flags: BTreeSet::from(["avx".to_owned()]),
-        cgroups: "v2".into(),
-        criu: Some("4.2.1".into()),
-        runc: Some("1.3.6".into()),
-        nft: true,
-        shim: true,
-        containerd: "2.1".into(),
-        ferry: "0.1.0".into(),
-    }
-}
-
-fn container() -> ContainerFacts {
-    ContainerFacts {
-        id: "redis".into(),
-        namespace: "default".into(),
-        image: "redis".into(),
-        runtime: RUNTIME.into(),
-        snapshotter: "overlayfs".into(),
-        sandbox: String::new(),
-        labels: BTreeMap::new(),
-        status: "running".into(),
-        migration: String::new(),
-        execs: Vec::new(),
-        terminal: false,
-        network: Network::Host,
-        sockets: vec![listener("0.0.0.0:6379"), connection("10.77.0.100:6379", "10.77.0.254:5")],
-        binds: vec![Bind { source: "/etc/hosts".into(), target: "/etc/hosts".into() }],
-        joined: Vec::new(),
-        shared: Vec::new(),
-        user_namespace: false,
-        hooks: Vec::new(),
-        io_uring: Vec::new(),
-        resident: 1 << 20,
-        processes: 1,
-    }
-}
 
 fn place() -> RoomFacts {
     RoomFacts {
@@ -58,26 +14,6 @@ fn place() -> RoomFacts {
         memory_available: 1 << 30,
         images_free: 1 << 30,
     }
-}
-
-fn socket(local: &str, remote: &str, listening: bool) -> InetSocket {
-    InetSocket {
-        protocol: Protocol::Tcp,
-        local: local.parse().unwrap(),
-        remote: remote.parse().unwrap(),
-        listening,
-        connected: !listening,
-        dual_stack: local.starts_with("[::]"),
-        inode: 1,
-    }
-}
-
-fn listener(local: &str) -> InetSocket {
-    socket(local, "0.0.0.0:0", true)
-}
-
-fn connection(local: &str, remote: &str) -> InetSocket {
-    socket(local, remote, false)
 }
 
 /// Everything that can be changed before the names of the blockers are looked at.

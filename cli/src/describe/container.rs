@@ -6,6 +6,7 @@ use std::os::linux::fs::MetadataExt;
 
 use anyhow::{Context, Result};
 use ferry_oci::api::ferry::{Description, Phase};
+use ferry_oci::cgroups;
 use ferry_oci::sockets::{self, InetSocket};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde::{Deserialize, Serialize};
@@ -87,6 +88,8 @@ pub(crate) struct ContainerFacts {
     pub(crate) resident: u64,
     /// Processes.
     pub(crate) processes: usize,
+    /// Cgroups that were made inside the container.
+    pub(crate) own_cgroups: Vec<String>,
 }
 
 /// What the container's record says: the parts of it that facts are made from.
@@ -130,6 +133,11 @@ impl ContainerFacts {
             io_uring: shim.pids.iter().copied().filter(|&p| uses_io_uring(p)).collect(),
             resident: shim.pids.iter().map(|&p| resident(p)).sum(),
             processes: shim.pids.len(),
+            own_cgroups: cgroups::made_inside(shim.init_pid)
+                .context("read the container's cgroups")?
+                .iter()
+                .map(|path| path.display().to_string())
+                .collect(),
             network,
         })
     }

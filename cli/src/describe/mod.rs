@@ -3,11 +3,15 @@
 //! ```text
 //!   host.rs       facts of a host (both ends)            ─┐
 //!   container.rs  facts of the container (source)        ─┼─▶ checks.rs: pure, gives named blockers
+//!                                                         │   fast.rs: pure, which fast paths to take
 //!   room.rs       facts of the place it goes to (dest.)  ─┘
 //! ```
-//! Facts are gathered without changing anything; only `checks` judges them.
+//! Facts are gathered without changing anything; only `checks` and `fast` judge them.
 
 pub(crate) mod checks;
 pub(crate) mod container;
+pub(crate) mod fast;
 pub(crate) mod host;
 pub(crate) mod room;
+#[cfg(test)]
+mod samples;

@@ -31,6 +31,7 @@ use ferry_oci::record::Record;
 
 use crate::containerd::{Containerd, Stdio};
 use crate::describe::checks::{self, Facts, blockers};
+use crate::describe::fast;
 use crate::describe::host::HostFacts;
 use crate::describe::room::RoomRequest;
 use crate::lock;
@@ -65,8 +66,8 @@ pub(crate) struct Options {
     pub(crate) agent: String,
     /// containerd, on both hosts.
     pub(crate) containerd: ContainerdAddress,
-    /// Fast paths to take.
-    pub(crate) fast: Vec<Fast>,
+    /// Fast paths not to take.
+    pub(crate) no_fast: Vec<Fast>,
     /// Stop after the plan.
     pub(crate) dry_run: bool,
     /// Print JSON.
@@ -79,6 +80,8 @@ struct Migration {
     id: String,
     /// Interface here that has the address.
     device: String,
+    /// Fast paths that are taken.
+    fast: Vec<Fast>,
     timeline: Timeline,
     bytes: Bytes,
     started: Instant,
@@ -103,6 +106,7 @@ async fn run_locked(options: Options) -> Result<()> {
     let mut migration = Migration {
         id: new_id(),
         device: String::new(),
+        fast: Vec::new(),
         timeline: Timeline::new(options.json),
         bytes: Bytes::default(),
         started: Instant::now(),
@@ -194,6 +198,12 @@ impl Migration {
                 ip_on_source: device.as_deref(),
                 goes_along: &goes_along,
             });
+            let fast = fast::choose(&fast::Facts {
+                source: &here,
+                destination: &there,
+                container: &source.facts,
+                refused: &options.no_fast,
+            });
             let plan = Plan {
                 container: options.container.clone(),
                 migration: self.id.clone(),
@@ -203,6 +213,7 @@ impl Migration {
                 destination: there,
                 facts: source.facts.clone(),
                 image_bytes: source.content.blobs.iter().map(|b| b.size).sum(),
+                fast,
                 blockers: found,
             };
             Ok((plan, device.unwrap_or_default()))
@@ -210,6 +221,7 @@ impl Migration {
         let result = self.timeline.run(Phase::Plan, work).await;
         let (plan, device) = result.map_err(|failure| self.tell(&failure))?;
         self.device = device;
+        self.fast = fast::taken(&plan.fast);
         Ok(plan)
     }
 
@@ -219,7 +231,7 @@ impl Migration {
         source: &mut Source,
         link: &mut Link,
     ) -> Result<Held, Failure> {
-        let Self { options, id, timeline, bytes, .. } = self;
+        let Self { options, id, timeline, bytes, fast, .. } = self;
         let stdio = stdio_there(source, &options.containerd.namespace, &options.container);
         let stdout = stdio.stdout.clone();
         let mut warnings = Vec::new();
@@ -272,7 +284,7 @@ impl Migration {
             .await?;
 
         let patience = Phase::Hold.deadline();
-        timeline.run(Phase::Hold, source.hold(link, &options.fast, patience)).await?;
+        timeline.run(Phase::Hold, source.hold(link, fast, patience)).await?;
 
         let (frozen_at, freeze_us, dump) = loop {
             let freeze_us = timeline.run(Phase::Freeze, source.freeze(options.ip)).await?;
@@ -286,7 +298,7 @@ impl Migration {
                     source.thaw().await.map_err(again)?;
                     warnings.push(format!("tried again after {failure}"));
                     tokio::time::sleep(BETWEEN_DUMPS).await;
-                    source.hold_dump(&options.fast).await.map_err(again)?;
+                    source.hold_dump(fast).await.map_err(again)?;
                 }
                 Err(failure) => return Err(failure),
             }

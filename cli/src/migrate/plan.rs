@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use crate::describe::checks::Blocker;
 use crate::describe::container::ContainerFacts;
+use crate::describe::fast::{Choice, taken};
 use crate::describe::host::HostFacts;
 
 /// The plan, shown before anything changes.
@@ -25,6 +26,8 @@ pub(crate) struct Plan {
     pub(crate) facts: ContainerFacts,
     /// Bytes of image blobs, at most.
     pub(crate) image_bytes: u64,
+    /// The fast paths, and why one is not taken.
+    pub(crate) fast: Vec<Choice>,
     /// What stands in the way.
     pub(crate) blockers: Vec<Blocker>,
 }
@@ -51,6 +54,13 @@ impl Plan {
         );
         let address = self.ip.as_deref().unwrap_or("none");
         text += &format!("  mode {}, address {address}\n", self.mode);
+        let on = taken(&self.fast).iter().map(|fast| fast.name()).collect::<Vec<_>>().join(", ");
+        text += &format!("  fast paths: {}\n", if on.is_empty() { "none" } else { &on });
+        for choice in &self.fast {
+            if let Some(why) = &choice.off {
+                text += &format!("    not {}: {why}\n", choice.name.name());
+            }
+        }
         if self.blockers.is_empty() {
             return text + "  nothing stands in the way\n";
         }

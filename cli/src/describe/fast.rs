@@ -1,0 +1,107 @@
+//! Which fast paths a migration takes, and why not the others. Pure: facts in, list out.
+
+use ferry_oci::fast::Fast;
+use serde::Serialize;
+
+use super::container::ContainerFacts;
+use super::host::HostFacts;
+
+/// What is said of one fast path in the plan.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Choice {
+    /// Which.
+    pub(crate) name: Fast,
+    /// Why it is not taken; `None` when it is.
+    pub(crate) off: Option<String>,
+}
+
+/// What the choice rests on.
+pub(crate) struct Facts<'a> {
+    pub(crate) source: &'a HostFacts,
+    pub(crate) destination: &'a HostFacts,
+    pub(crate) container: &'a ContainerFacts,
+    /// What the operator does not want.
+    pub(crate) refused: &'a [Fast],
+}
+
+/// Every fast path, taken or not.
+pub(crate) fn choose(facts: &Facts<'_>) -> Vec<Choice> {
+    Fast::ALL.into_iter().map(|name| Choice { name, off: why_not(name, facts) }).collect()
+}
+
+/// The names of those that are taken.
+pub(crate) fn taken(choices: &[Choice]) -> Vec<Fast> {
+    choices.iter().filter(|choice| choice.off.is_none()).map(|choice| choice.name).collect()
+}
+
+fn why_not(fast: Fast, facts: &Facts<'_>) -> Option<String> {
+    if facts.refused.contains(&fast) {
+        return Some("turned off by --no-fast".to_owned());
+    }
+    match fast {
+        Fast::HeldDump => None,
+        // What runc reads before its restore comes from a dump that has started.
+        Fast::HeldRestore => {
+            let refused = facts.refused.contains(&Fast::HeldDump);
+            refused.then(|| format!("needs {}", Fast::HeldDump.name()))
+        }
+        Fast::Cgroups => cgroups(facts),
+    }
+}
+
+fn cgroups(facts: &Facts<'_>) -> Option<String> {
+    if facts.refused.contains(&Fast::HeldDump) {
+        return Some(format!("needs {}", Fast::HeldDump.name()));
+    }
+    if let Some(first) = facts.container.own_cgroups.first() {
+        return Some(format!("the container has made cgroups of its own: {first}"));
+    }
+    let old = |host: &HostFacts| {
+        let version = host.runc.as_deref()?;
+        let mut parts = version.split(['.', '-', '+']).map_while(|part| part.parse::<u32>().ok());
+        let known = (parts.next()?, parts.next()?);
+        (known < (1, 2)).then(|| format!("runc {version} on {} is older than 1.2", host.hostname))
+    };
+    old(facts.source).or_else(|| old(facts.destination))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::samples::{container, host};
+    use super::*;
+
+    fn off(container: &ContainerFacts, runc: &str, refused: &[Fast]) -> Vec<(Fast, String)> {
+        let source = host("a");
+        let mut destination = host("b");
+        destination.runc = Some(runc.to_owned());
+        let facts = Facts { source: &source, destination: &destination, container, refused };
+        choose(&facts).into_iter().filter_map(|choice| Some((choice.name, choice.off?))).collect()
+    }
+
+    #[test]
+    fn all_are_taken_where_nothing_is_in_the_way() {
+        assert_eq!(off(&container(), "1.3.6+ds1", &[]), []);
+        let (a, b, container) = (host("a"), host("b"), container());
+        let facts = Facts { source: &a, destination: &b, container: &container, refused: &[] };
+        assert_eq!(taken(&choose(&facts)), Fast::ALL);
+    }
+
+    #[test]
+    fn one_that_is_refused_is_off_with_those_that_need_it() {
+        let names = |refused: &[Fast]| {
+            let off = off(&container(), "1.3.6", refused);
+            off.into_iter().map(|(name, _)| name).collect::<Vec<_>>()
+        };
+        assert_eq!(names(&[Fast::Cgroups]), [Fast::Cgroups]);
+        assert_eq!(names(&[Fast::HeldRestore]), [Fast::HeldRestore]);
+        assert_eq!(names(&[Fast::HeldDump]), Fast::ALL);
+    }
+
+    #[test]
+    fn cgroups_that_runc_would_not_make_are_left_to_criu() {
+        let mut with_own = container();
+        with_own.own_cgroups = vec!["/sys/fs/cgroup/cpu/default/x/inner".into()];
+        assert_eq!(off(&with_own, "1.3.6", &[])[0].0, Fast::Cgroups);
+        assert!(off(&container(), "1.1.15", &[])[0].1.contains("1.1.15 on b"));
+    }
+}

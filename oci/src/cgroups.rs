@@ -1,0 +1,74 @@
+//! The cgroups of a container, as far as a move depends on them.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Where cgroup hierarchies are mounted.
+const ROOT: &str = "/sys/fs/cgroup";
+
+/// Cgroups that were made inside those of process `pid`. Restoring them is CRIU's work; a container
+/// without any can be left to runc, which makes the others.
+///
+/// # Errors
+/// When the process is gone.
+pub fn made_inside(pid: u32) -> io::Result<Vec<PathBuf>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let mut found: Vec<PathBuf> = folders(Path::new(ROOT), &text)
+        .iter()
+        .filter_map(|folder| fs::read_dir(folder).ok())
+        .flat_map(|entries| entries.flatten())
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .map(|entry| entry.path())
+        .collect();
+    found.sort();
+    found.dedup();
+    Ok(found)
+}
+
+/// The folders that `/proc/PID/cgroup` speaks of. Of a process in the root of a hierarchy, none: its
+/// children there are not the container's.
+fn folders(root: &Path, text: &str) -> Vec<PathBuf> {
+    let folder = |line: &str| {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (controllers, path) = (fields.next()?, fields.next()?.trim_start_matches('/'));
+        if path.is_empty() || path.split('/').any(|part| part == "..") {
+            return None;
+        }
+        let hierarchy = match controllers.strip_prefix("name=").unwrap_or(controllers) {
+            // Either of pure v2, or of the unified part of a hybrid host.
+            "" if root.join("unified").is_dir() => root.join("unified"),
+            "" => root.to_owned(),
+            controllers => root.join(controllers),
+        };
+        Some(hierarchy.join(path))
+    };
+    text.lines().filter_map(folder).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_of_v1_of_v2_and_of_both() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        let text = "7:cpu,cpuacct:/default/x\n1:name=systemd:/default/x\n0::/default/x\n";
+        let v1 = [root.join("cpu,cpuacct/default/x"), root.join("systemd/default/x")];
+        assert_eq!(folders(root, text)[..2], v1);
+        assert_eq!(folders(root, text)[2], root.join("default/x"));
+        fs::create_dir(root.join("unified")).unwrap();
+        assert_eq!(folders(root, text)[2], root.join("unified/default/x"));
+    }
+
+    #[test]
+    fn a_process_in_the_root_has_no_cgroups_of_its_own() {
+        assert!(folders(Path::new("/nowhere"), "4:memory:/\n0::/\n3:cpu:/../x\n").is_empty());
+    }
+
+    #[test]
+    fn a_process_that_is_gone_is_an_error() {
+        assert!(made_inside(u32::MAX).is_err());
+    }
+}
