@@ -26,6 +26,32 @@ pub fn made_inside(pid: u32) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
+/// The processes of the container that process `pid` is in, those in cgroups inside it too.
+///
+/// # Errors
+/// When `pid` is gone or in no cgroup of its own.
+pub fn processes(pid: u32) -> io::Result<Vec<i32>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    // Every hierarchy has them; a controller's is surely mounted.
+    let all = folders(Path::new(ROOT), &text);
+    let folder = all.iter().find(|folder| folder.join("cgroup.procs").is_file());
+    let folder = folder.ok_or_else(|| io::Error::other("the process is in no cgroup"))?;
+    let mut found = Vec::new();
+    collect(folder, &mut found)?;
+    Ok(found)
+}
+
+fn collect(folder: &Path, found: &mut Vec<i32>) -> io::Result<()> {
+    let text = fs::read_to_string(folder.join("cgroup.procs"))?;
+    found.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()));
+    for entry in fs::read_dir(folder)?.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            collect(&entry.path(), found)?;
+        }
+    }
+    Ok(())
+}
+
 /// The folders that `/proc/PID/cgroup` speaks of. Of a process in the root of a hierarchy, none: its
 /// children there are not the container's.
 fn folders(root: &Path, text: &str) -> Vec<PathBuf> {

@@ -25,12 +25,14 @@ pub(crate) struct Took {
 pub(crate) struct Timeline {
     took: Vec<Took>,
     quiet: bool,
+    /// Progress of the pause, told when it is over.
+    untold: String,
 }
 
 impl Timeline {
     /// A timeline that tells its progress on standard error, unless `quiet`.
     pub(crate) fn new(quiet: bool) -> Self {
-        Self { took: Vec::new(), quiet }
+        Self { quiet, ..Self::default() }
     }
 
     /// Runs one phase within its deadline.
@@ -52,7 +54,13 @@ impl Timeline {
         self.took.push(Took { phase, micros });
         if !self.quiet {
             let mark = if result.is_ok() { "" } else { "  failed" };
-            eprintln!("  {:<10} {:>9.1} ms{mark}", phase.name(), micros as f64 / 1000.0);
+            let ms = micros as f64 / 1000.0;
+            self.untold += &format!("  {:<10} {ms:>9.1} ms{mark}\n", phase.name());
+            // A terminal may be slow, and the clients would wait for it.
+            let in_pause = (Phase::Freeze..Phase::Release).contains(&phase);
+            if !in_pause || result.is_err() {
+                eprint!("{}", std::mem::take(&mut self.untold));
+            }
         }
         result
     }
