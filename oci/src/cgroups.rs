@@ -52,6 +52,12 @@ fn collect(folder: &Path, found: &mut Vec<i32>) -> io::Result<()> {
     Ok(())
 }
 
+/// The cgroups of process `pid`, in every hierarchy; none when it is gone.
+pub fn folders_of(pid: u32) -> Vec<PathBuf> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    folders(Path::new(ROOT), &text)
+}
+
 /// The folders that `/proc/PID/cgroup` speaks of. Of a process in the root of a hierarchy, none: its
 /// children there are not the container's.
 fn folders(root: &Path, text: &str) -> Vec<PathBuf> {

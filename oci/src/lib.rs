@@ -3,13 +3,16 @@
 //! No network peers and no containerd here: the shim and the CLI build on this crate, never the
 //! other way round.
 
+pub mod announce;
 pub mod api;
 pub mod cgroups;
+pub mod cpu_quota;
 pub mod criu;
 pub mod fast;
 pub mod freezer;
 pub mod layer;
 pub mod netns;
+pub mod pages;
 pub mod paths;
 pub mod quarantine;
 pub mod record;

@@ -20,6 +20,27 @@ pub const MIGRATION_FILE: &str = "ferry-migration";
 /// Where the images of a migration keep the content of inventory.img while a restore waits for it.
 pub const INVENTORY_FILE: &str = "inventory.img.held";
 
+/// Page stores of containers that are on their way here or have just come, one folder each.
+pub const PAGES: &str = "/run/ferry/pages";
+
+/// Folder in a container's bundle in which CRIU works while it restores a migration.
+pub const RESTORE_WORK: &str = "ferry-restore";
+
+/// Folder of the orders for what the dump of `migration` leaves out.
+pub fn hide(migration: &str) -> PathBuf {
+    Path::new(RUN).join("hide").join(migration)
+}
+
+/// Where the CPU quota of a container that is throttled is written down, by the pid of its init.
+pub fn quota_folder(init: u32) -> PathBuf {
+    Path::new(RUN).join("quota").join(init.to_string())
+}
+
+/// Folder of the page store of container `id`.
+pub fn pages(namespace: &str, id: &str) -> PathBuf {
+    Path::new(PAGES).join(format!("{namespace}.{id}"))
+}
+
 /// Folder of the images of `migration`.
 pub fn images(migration: &str) -> PathBuf {
     Path::new(IMAGES).join(migration)

@@ -3,46 +3,73 @@
 // sockaddr_ll has no safe constructor in nix, and rustix has no packet sockets.
 #![allow(unsafe_code)]
 
-use std::fs;
 use std::io;
 use std::mem::size_of;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use anyhow::{Context, Result};
+use nix::ifaddrs::getifaddrs;
 
 const ETHERTYPE_ARP: u16 = 0x0806;
 const REQUEST: u16 = 1;
 const REPLY: u16 = 2;
 const BROADCAST: [u8; 6] = [0xff; 6];
 
-/// Announces `ip` from `device`: a request and a reply, since some neighbours heed only one kind.
+/// An announcement that is ready to be sent, so that this takes no more than a system call or two.
+///
+/// It reaches the neighbours while the address is silent: a packet socket passes by the rules that
+/// keep the kernel's own ARP back.
+#[derive(Debug)]
+pub struct Announcement {
+    socket: OwnedFd,
+    index: u32,
+    /// A reply and a request, since some neighbours heed only one kind.
+    frames: [Vec<u8>; 2],
+}
+
+impl Announcement {
+    /// Prepares to announce `ip` from `device`.
+    ///
+    /// # Errors
+    /// When the device is gone or is no Ethernet.
+    pub fn prepare(ip: Ipv4Addr, device: &str) -> io::Result<Self> {
+        let found = ethernet(device)?;
+        let (index, mac) =
+            found.ok_or_else(|| io::Error::other(format!("{device} is no Ethernet interface")))?;
+        let socket = packet_socket()?;
+        Ok(Self { socket, index, frames: [REPLY, REQUEST].map(|kind| frame(mac, ip, kind)) })
+    }
+
+    /// Sends it; can be repeated.
+    ///
+    /// # Errors
+    /// When the device is gone or down.
+    pub fn send(&self) -> io::Result<()> {
+        self.frames.iter().try_for_each(|frame| send(&self.socket, self.index, frame))
+    }
+}
+
+/// Announces `ip` from `device`.
 ///
 /// # Errors
-/// When the device is gone or is no Ethernet.
-pub(crate) fn gratuitous_arp(ip: Ipv4Addr, device: &str) -> Result<()> {
-    let mac = hardware_address(device)?;
-    let index = nix::net::if_::if_nametoindex(device)
-        .with_context(|| format!("find interface {device}"))?;
-    let socket = packet_socket().context("open a packet socket")?;
-    for operation in [REPLY, REQUEST] {
-        send(&socket, index, &frame(mac, ip, operation))
-            .with_context(|| format!("announce {ip} on {device}"))?;
-    }
-    Ok(())
+/// When the device is gone, down, or no Ethernet.
+pub fn gratuitous_arp(ip: Ipv4Addr, device: &str) -> io::Result<()> {
+    Announcement::prepare(ip, device)?.send()
 }
 
 /// Whether `device` has a hardware address that can be announced.
-pub(crate) fn is_ethernet(device: &str) -> bool {
-    hardware_address(device).is_ok()
+pub fn is_ethernet(device: &str) -> bool {
+    ethernet(device).is_ok_and(|found| found.is_some())
 }
 
-fn hardware_address(device: &str) -> Result<[u8; 6]> {
-    let path = format!("/sys/class/net/{device}/address");
-    let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
-    let bytes: Vec<u8> =
-        text.trim().split(':').filter_map(|b| u8::from_str_radix(b, 16).ok()).collect();
-    <[u8; 6]>::try_from(bytes).ok().with_context(|| format!("{device} is no Ethernet interface"))
+/// Index and hardware address of `device` if it is an Ethernet interface of this network namespace.
+fn ethernet(device: &str) -> io::Result<Option<(u32, [u8; 6])>> {
+    Ok(getifaddrs()?.filter(|interface| interface.interface_name == device).find_map(|interface| {
+        let link = *interface.address?.as_link_addr()?;
+        let index = u32::try_from(link.ifindex()).ok()?;
+        let mac = link.addr()?;
+        (link.hatype() == libc::ARPHRD_ETHER).then_some((index, mac))
+    }))
 }
 
 fn frame(mac: [u8; 6], ip: Ipv4Addr, operation: u16) -> Vec<u8> {
@@ -97,6 +124,13 @@ fn send(socket: &OwnedFd, index: u32, frame: &[u8]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_ethernet_can_be_announced() {
+        assert!(!is_ethernet("lo"));
+        let error = Announcement::prepare(Ipv4Addr::LOCALHOST, "no-such").unwrap_err();
+        assert_eq!(error.to_string(), "no-such is no Ethernet interface");
+    }
 
     #[test]
     fn sender_and_target_are_the_announced_address() {

@@ -1,21 +1,13 @@
-//! Keeps an address silent: no packet and no ARP for it or from it passes this host.
-//!
-//! The same rules serve both ends of a move. On the source they are the container's connection
-//! lock: from before the freeze until the address has left, the kernel must neither acknowledge
-//! data that the dump no longer sees nor answer with a reset. On the destination they keep the
-//! address quiet until the restored sockets are there. All rules are in two nftables tables that
-//! carry the migration's id, so that removing them can never touch anybody else's.
+//! The rules by nft(8): commands for a caller that runs them itself. They know the tables that
+//! [`super::Prepared`] and [`super::Hold`] make.
 
 use std::net::Ipv4Addr;
 use std::process::Command;
 
+use super::{PREFIX, table};
+
 /// Before every ordinary filter.
 const PRIORITY: i32 = -300;
-
-/// Name of the tables of `migration`.
-pub fn table(migration: &str) -> String {
-    format!("ferry-{migration}")
-}
 
 /// The command that silences `addresses`, in one transaction.
 pub fn add(migration: &str, addresses: &[Ipv4Addr]) -> Command {
@@ -28,7 +20,8 @@ pub fn remove(migration: &str) -> Command {
 }
 
 /// The command that lets packets of the address pass again, while ARP stays silent: neighbours are
-/// told of the address only once it is announced.
+/// told of the address only once it is announced. Packets that wait in a queue are dropped: that is for
+/// [`super::Hold::open`].
 pub fn open(migration: &str) -> Command {
     let table = table(migration);
     nft(format!("add table inet {table}; delete table inet {table}"))
@@ -43,7 +36,7 @@ pub fn list() -> Command {
 pub fn migrations_in(listing: &str) -> Vec<String> {
     let mut found: Vec<String> = listing
         .lines()
-        .filter_map(|line| line.split_whitespace().last()?.strip_prefix("ferry-"))
+        .filter_map(|line| line.split_whitespace().last()?.strip_prefix(PREFIX))
         .map(str::to_owned)
         .collect();
     found.sort();

@@ -1,0 +1,133 @@
+//! One fault: the page from the store, or a page of zeros.
+
+use super::super::points::{self, Point};
+use super::super::shared::{self, Word};
+use super::super::uffd;
+use super::{Place, Worker};
+use crate::pages::PAGE;
+use crate::pages::store::{Set, bits};
+
+/// What came of an attempt to fill pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// So many pages are in.
+    Filled(u32),
+    /// The first one is there already.
+    Exists,
+    /// The task is changing its memory: its messages come first.
+    Again,
+    /// Nothing that could be filled is mapped there, or it reaches beyond a mapping.
+    Missing,
+    /// The task is gone.
+    Gone,
+    /// Something else, which may pass.
+    Failed(i32),
+}
+
+impl Outcome {
+    fn of(result: Result<u64, i32>) -> Self {
+        match result {
+            Ok(bytes) => Self::Filled((bytes / PAGE) as u32),
+            Err(libc::EEXIST) => Self::Exists,
+            Err(libc::EAGAIN) => Self::Again,
+            Err(libc::ENOENT) => Self::Missing,
+            // ENOSPC is what old kernels say.
+            Err(libc::ESRCH | libc::ENOSPC) => Self::Gone,
+            Err(errno) => Self::Failed(errno),
+        }
+    }
+}
+
+/// How often a task that changes its memory is asked for its messages before it is its turn again.
+const ATTEMPTS: u32 = 64;
+
+impl Worker<'_> {
+    /// Fills `pages` pages of the store from `place` on at current address `run`, and marks them.
+    pub(super) fn copy(&mut self, at: usize, place: Place, pages: u32, run: u64) -> Outcome {
+        let Some(context) = &self.contexts[at] else { return Outcome::Gone };
+        let chunk = self.spaces[place.space].chunks[place.chunk].1;
+        let spilled = bits::has(self.arena.set(chunk, Set::Spilled), place.page);
+        let Some(from) = self.source(chunk, place.page, pages, spilled) else {
+            return Outcome::Failed(libc::EBADF);
+        };
+        let outcome = Outcome::of(uffd::copy(context.fd, run, from, u64::from(pages) * PAGE));
+        let done = match outcome {
+            Outcome::Filled(done) => done,
+            // Whoever waits there came too late for the one who filled it.
+            Outcome::Exists => {
+                let _ = uffd::wake(context.fd, run, PAGE);
+                1
+            }
+            _ => return outcome,
+        };
+        points::hit(self.shared, Point::Copied);
+        self.mark(at, place.chunk, place.page..place.page + done);
+        outcome
+    }
+
+    /// Answers all faults that were read.
+    pub(super) fn serve(&mut self) {
+        while let Some((at, addr)) = self.faults.pop_front() {
+            let start = shared::now();
+            self.serve_one(at, addr);
+            let end = shared::now();
+            self.shared.add(Word::Faults, 1);
+            self.shared.buckets()[shared::bucket(end - start)]
+                .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            if self.shared.get(Word::FirstFault) == 0 {
+                self.shared.put(Word::FirstFault, end);
+            }
+            self.fill.yield_to_faults();
+        }
+    }
+
+    fn serve_one(&mut self, at: usize, addr: u64) {
+        for _ in 0..ATTEMPTS {
+            let Some(context) = &self.contexts[at] else { return };
+            let fd = context.fd;
+            let place = context.segments.at(addr).and_then(|segment| {
+                let place = self.place(context.space, segment.orig)?;
+                bits::is_set(&context.pending[place.chunk], place.page).then_some(place)
+            });
+            let outcome = match place {
+                Some(place) => self.copy(at, place, 1, addr),
+                // Not in the store, dropped by the task, or in already.
+                None => match Outcome::of(uffd::zero(fd, addr, PAGE)) {
+                    Outcome::Exists => {
+                        let _ = uffd::wake(fd, addr, PAGE);
+                        return;
+                    }
+                    outcome => outcome,
+                },
+            };
+            match outcome {
+                Outcome::Filled(_) | Outcome::Exists => {
+                    let word = if place.is_some() { Word::ByFault } else { Word::Zeros };
+                    return self.shared.add(word, 1);
+                }
+                Outcome::Again => _ = self.read_events(at),
+                // Unmapped meanwhile: it looks again, and finds that out by itself.
+                Outcome::Missing => {
+                    let _ = uffd::wake(fd, addr, PAGE);
+                    return;
+                }
+                Outcome::Gone => return self.close(at),
+                Outcome::Failed(errno) => return self.failed(at, addr, errno),
+            }
+        }
+        // Still changing: it asks again, and others get their turn.
+        if let Some(context) = &self.contexts[at] {
+            let _ = uffd::wake(context.fd, addr, PAGE);
+        }
+    }
+
+    /// A page cannot be given now. Never zeros instead: who waits for it goes on waiting, and filling
+    /// tries again.
+    pub(super) fn failed(&mut self, at: usize, addr: u64, errno: i32) {
+        self.shared.add(Word::Errors, 1);
+        if self.fill.may_complain() {
+            let error = std::io::Error::from_raw_os_error(errno);
+            ::log::error!("a page cannot be filled, context {at}, address {addr:#x}: {error}");
+        }
+    }
+}

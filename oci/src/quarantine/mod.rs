@@ -1,0 +1,86 @@
+//! Keeps an address silent: no packet and no ARP for it or from it passes this host.
+//!
+//! The same rules serve both ends of a move. On the source they are the container's connection
+//! lock: from before the freeze until the address has left, the kernel must neither acknowledge
+//! data that the dump no longer sees nor answer with a reset ([`Prepared`]). On the destination they
+//! keep the address quiet until the restored sockets are there, and packets for it wait
+//! ([`Hold`]): one that is dropped comes again only after its sender's timer, 200 ms or more.
+//!
+//! ```text
+//! prepared.rs  hold.rs       what is wanted
+//!      └──┬──────┘
+//!      rules.rs              tables, chains and rules of nf_tables
+//!      netlink.rs            messages to the kernel; the reader of a queue uses them too
+//! commands.rs                the same by nft(8), for those who have a process to spare
+//! ```
+//!
+//! All rules are in two tables that carry the migration's id, so that removing them can never touch
+//! anybody else's.
+
+mod commands;
+mod hold;
+pub mod netlink;
+mod prepared;
+mod rules;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+
+pub use commands::{add, list, migrations_in, open, remove};
+pub use hold::{Hold, How};
+use netlink::{Answer, Socket};
+pub use prepared::Prepared;
+use rules::Script;
+
+/// What the names of all our tables begin with.
+const PREFIX: &str = "ferry-";
+
+/// Why rules could not be changed.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}")]
+pub struct Error {
+    /// What was wanted.
+    what: &'static str,
+    /// What the kernel said.
+    source: io::Error,
+}
+
+/// Name of the tables of `migration`.
+pub fn table(migration: &str) -> String {
+    format!("{PREFIX}{migration}")
+}
+
+/// Removes all rules of `migration` at once, whoever made them and however; no error when there are
+/// none. Packets that wait in a queue are dropped. Takes no process; blocks for some milliseconds.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn clear(migration: &str) -> Result<(), Error> {
+    let what = "remove the rules of the address";
+    let socket = Socket::open().map_err(|source| Error { what, source })?;
+    run(&socket, Script::new(&table(migration)).delete(), what)
+}
+
+/// The migrations that have rules here, sorted.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn present() -> Result<Vec<String>, Error> {
+    let failed = |source| Error { what: "list the rules of addresses", source };
+    let mut found = Vec::new();
+    let socket = Socket::open().map_err(failed)?;
+    let see = |answer: Answer<'_>| {
+        let Answer::Message { attributes, .. } = answer else { return };
+        let name = rules::table_name(attributes).and_then(|name| name.strip_prefix(PREFIX));
+        found.extend(name.map(str::to_owned));
+    };
+    socket.list(rules::list_tables(), see).map_err(failed)?;
+    found.sort();
+    found.dedup();
+    Ok(found)
+}
+
+fn run(socket: &Socket, script: Script<'_>, what: &'static str) -> Result<(), Error> {
+    socket.transact(&script.seal()).map_err(|source| Error { what, source })
+}

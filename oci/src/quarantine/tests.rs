@@ -1,0 +1,204 @@
+//! On the real kernel, each in a network namespace of its own.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sched::{CloneFlags, unshare};
+
+use super::rules::Verdict;
+use super::*;
+
+/// All of 127.0.0.0/8 is this host's: one address is the moved one, another the client's.
+const MOVED: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2));
+const OTHER: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 3));
+
+/// Runs `test` in a network namespace that ends with it.
+fn in_namespace(test: impl FnOnce() + Send + 'static) {
+    let thread = thread::spawn(|| {
+        unshare(CloneFlags::CLONE_NEWNET).expect("make a network namespace, as root");
+        let up = Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap();
+        assert!(up.success());
+        test();
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// Whether a datagram reaches `to`. One that is not dropped arrives before `send_to` returns.
+fn passes(to: IpAddr) -> bool {
+    let receiver = UdpSocket::bind((to, 0)).unwrap();
+    receiver.set_nonblocking(true).unwrap();
+    let sender = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    sender.send_to(b"x", receiver.local_addr().unwrap()).unwrap();
+    receiver.recv(&mut [0; 8]).is_ok()
+}
+
+/// Whether `from` may send.
+fn sends(from: IpAddr) -> bool {
+    let sender = UdpSocket::bind((from, 0)).unwrap();
+    sender.send_to(b"x", (Ipv4Addr::LOCALHOST, 9)).is_ok()
+}
+
+#[test]
+fn a_prepared_lock_silences_its_addresses_only_while_it_is_locked() {
+    in_namespace(|| {
+        let lock = Prepared::new("m-1", &[MOVED]).unwrap();
+        assert!(passes(MOVED) && sends(MOVED));
+        for _ in 0..2 {
+            lock.lock().unwrap();
+            lock.lock().unwrap();
+            assert!(!passes(MOVED) && !sends(MOVED));
+            assert!(passes(OTHER) && sends(OTHER));
+            lock.unlock().unwrap();
+            lock.unlock().unwrap();
+            assert!(passes(MOVED) && sends(MOVED));
+        }
+        lock.lock().unwrap();
+        assert_eq!(present().unwrap(), ["m-1"]);
+        drop(lock);
+        assert!(passes(MOVED) && present().unwrap().is_empty());
+    });
+}
+
+#[test]
+fn a_locked_connection_lives_on_and_loses_nothing() {
+    in_namespace(|| {
+        let listener = TcpListener::bind((MOVED, 0)).unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        let lock = Prepared::new("m-1", &[MOVED]).unwrap();
+        lock.lock().unwrap();
+        client.write_all(b"held").unwrap();
+        server.set_nonblocking(true).unwrap();
+        assert_eq!(server.read(&mut [0; 8]).unwrap_err().kind(), ErrorKind::WouldBlock);
+        drop(lock);
+        server.set_nonblocking(false).unwrap();
+        let mut data = [0; 4];
+        server.read_exact(&mut data).unwrap();
+        assert_eq!(&data, b"held");
+    });
+}
+
+#[test]
+fn a_lock_that_is_left_stays_until_its_migration_is_cleared() {
+    in_namespace(|| {
+        for migration in ["m-1", "m-2"] {
+            let address = if migration == "m-1" { MOVED } else { OTHER };
+            let lock = Prepared::new(migration, &[address]).unwrap();
+            lock.lock().unwrap();
+            lock.leave();
+        }
+        assert_eq!(present().unwrap(), ["m-1", "m-2"]);
+        clear("m-1").unwrap();
+        clear("m-1").unwrap();
+        assert!(passes(MOVED) && !passes(OTHER));
+        assert_eq!(present().unwrap(), ["m-2"]);
+    });
+}
+
+#[test]
+fn a_lock_whose_tables_were_taken_away_says_so() {
+    in_namespace(|| {
+        let lock = Prepared::new("m-1", &[MOVED]).unwrap();
+        clear("m-1").unwrap();
+        let error = lock.lock().unwrap_err();
+        assert_eq!(error.to_string(), "lock the connections");
+        assert_eq!(error.source.kind(), ErrorKind::NotFound);
+    });
+}
+
+#[test]
+fn without_queues_packets_are_dropped_until_the_address_is_opened() {
+    in_namespace(|| {
+        let hold = Hold::new("m-1", &[MOVED], None).unwrap();
+        assert_eq!(hold.how(), How::Dropped);
+        assert!(!passes(MOVED) && !sends(MOVED));
+        hold.open().unwrap();
+        assert!(passes(MOVED) && sends(MOVED));
+        hold.remove().unwrap();
+        assert!(present().unwrap().is_empty());
+    });
+}
+
+#[test]
+fn a_queue_without_a_reader_drops_until_packets_pass() {
+    in_namespace(|| {
+        let hold = Hold::new("m-1", &[MOVED], Some(20_000)).unwrap();
+        assert_eq!(hold.how(), How::Queued(20_000));
+        assert!(!passes(MOVED) && !sends(MOVED) && passes(OTHER));
+        hold.open().unwrap();
+        assert!(!passes(MOVED) && sends(MOVED));
+        hold.pass().unwrap();
+        assert!(passes(MOVED));
+    });
+}
+
+#[test]
+fn both_ways_to_queue_are_tried_and_a_refusal_changes_nothing() {
+    in_namespace(|| {
+        let socket = Socket::open().unwrap();
+        let install = |verdict| {
+            let script = Script::new("ferry-m-1").create(&[MOVED]).silence(&[MOVED], verdict);
+            run(&socket, script, "try")
+        };
+        let ways = [Verdict::Queue(20_000), Verdict::Target(20_000)].map(|way| {
+            let result = install(way);
+            assert_eq!(present().unwrap().is_empty(), result.is_err(), "{way:?}");
+            clear("m-1").unwrap();
+            result.is_ok()
+        });
+        assert!(ways.contains(&true), "{ways:?}");
+    });
+}
+
+#[test]
+fn an_ipv6_address_is_silent_too() {
+    in_namespace(|| {
+        let moved: IpAddr = "::1".parse().unwrap();
+        let lock = Prepared::new("m-1", &[moved, MOVED]).unwrap();
+        let arrives = || {
+            let receiver = UdpSocket::bind((moved, 0)).unwrap();
+            receiver.set_nonblocking(true).unwrap();
+            let sender = UdpSocket::bind((moved, 0)).unwrap();
+            let sent = sender.send_to(b"x", receiver.local_addr().unwrap());
+            sent.is_ok() && receiver.recv(&mut [0; 8]).is_ok()
+        };
+        assert!(arrives());
+        lock.lock().unwrap();
+        assert!(!arrives() && !passes(MOVED) && passes(OTHER));
+        lock.unlock().unwrap();
+        assert!(arrives());
+    });
+}
+
+/// A measurement for a person: `cargo test -p ferry-oci lock_takes -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn how_long_a_lock_takes() {
+    in_namespace(|| {
+        let median = |mut times: Vec<Duration>| {
+            times.sort();
+            (times[times.len() / 2], times[times.len() - 1])
+        };
+        let start = Instant::now();
+        let lock = Prepared::new("m-1", &[MOVED]).unwrap();
+        println!("prepare {:?}", start.elapsed());
+        let (mut locks, mut unlocks) = (Vec::new(), Vec::new());
+        for _ in 0..200 {
+            let start = Instant::now();
+            lock.lock().unwrap();
+            locks.push(start.elapsed());
+            let start = Instant::now();
+            lock.unlock().unwrap();
+            unlocks.push(start.elapsed());
+        }
+        println!("lock (median, longest) {:?}, unlock {:?}", median(locks), median(unlocks));
+        let start = Instant::now();
+        drop(lock);
+        println!("remove {:?}", start.elapsed());
+    });
+}
