@@ -1,14 +1,22 @@
 //! The command line.
 
+use std::path::PathBuf;
+use std::time::Duration;
+
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use ferry_oci::fast::Fast;
+use ferry_oci::pages::daemon;
+use ferry_oci::pages::rounds::OnDiverge;
+use ferry_oci::pages::store::Limits;
+use ferry_oci::pages::tracker::Kind;
 
+use crate::migrate::memory::Wishes;
 use crate::migrate::{self, Options};
 use crate::network::address::Cidr;
 use crate::transport::ssh::Destination;
 use crate::wire::messages::ContainerdAddress;
-use crate::{agent, status};
+use crate::{agent, pages, status};
 
 /// Moves running containers between containerd hosts while their clients stay connected.
 #[derive(Debug, Parser)]
@@ -51,8 +59,23 @@ enum Command {
         #[arg(long, value_name = "ADDRESS/PREFIX")]
         ip: Option<Cidr>,
         /// How the memory moves
-        #[arg(long, value_enum, default_value_t = Mode::Stop)]
+        #[arg(long, value_enum, default_value_t = Mode::Auto)]
         mode: Mode,
+        /// The pause to aim at, milliseconds
+        #[arg(long, value_name = "MS", default_value_t = 30)]
+        downtime_target: u64,
+        /// Most rounds of pre-copy
+        #[arg(long, default_value_t = 30)]
+        rounds: u32,
+        /// Most bytes per second while the container runs, as 100M or 1G
+        #[arg(long, value_name = "BYTES", value_parser = size)]
+        bandwidth: Option<u64>,
+        /// What to do when memory changes faster than it can be copied: stop, throttle or fail
+        #[arg(long, default_value = "stop")]
+        on_diverge: OnDiverge,
+        /// How writes are noted: write-protect, soft-dirty or none; found out if not given
+        #[arg(long, value_parser = tracker)]
+        tracker: Option<Kind>,
         /// A fast path not to take, to find a fault; may be given several times
         #[arg(long, value_name = "NAME", value_parser = fast_path)]
         no_fast: Vec<Fast>,
@@ -63,8 +86,17 @@ enum Command {
         #[arg(long, default_value = "ferry")]
         remote_ferry: String,
     },
-    /// List migrations that were decided and not finished
+    /// List migrations that were decided and not finished, and memory kept for a next attempt
     Status,
+    /// Forget memory that a failed migration has left here for the next attempt
+    #[command(group(clap::ArgGroup::new("which").required(true).args(["container", "all"])))]
+    Drop {
+        /// Container id
+        container: Option<String>,
+        /// Of all containers
+        #[arg(long)]
+        all: bool,
+    },
     /// Decide by hand what becomes of a container that is frozen here, when its destination cannot
     /// be asked any more
     #[command(group(clap::ArgGroup::new("what").required(true).args(["thaw", "end"])))]
@@ -78,6 +110,13 @@ enum Command {
         #[arg(long)]
         end: bool,
     },
+    /// Keep a page store and serve it (started by `ferry agent`)
+    #[command(hide = true)]
+    Pages {
+        /// Its folder
+        #[arg(long)]
+        dir: PathBuf,
+    },
     /// Serve a migration's destination (started by `ferry migrate` over ssh)
     #[command(hide = true)]
     Agent {
@@ -87,7 +126,7 @@ enum Command {
     },
 }
 
-/// How the memory moves.
+/// How the memory moves, as given.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Mode {
     /// Freeze, copy all, restore
@@ -103,6 +142,14 @@ enum Mode {
 }
 
 impl Args {
+    /// Keeps a page store until it is of no more use, if that was asked for.
+    pub(crate) fn keep_pages(&self) -> Option<std::io::Result<()>> {
+        match &self.command {
+            Command::Pages { dir } => Some(daemon::keeper_main(dir, Limits::default())),
+            _ => None,
+        }
+    }
+
     /// Does what was asked.
     ///
     /// # Errors
@@ -115,24 +162,94 @@ impl Args {
         match self.command {
             Command::Agent { .. } => agent::serve().await,
             Command::Status => status::show(self.json),
+            Command::Drop { container, all: _ } => {
+                pages::drop(&containerd.namespace, container.as_deref())
+            }
             Command::Recover { container, thaw, end: _ } => {
                 migrate::settle::recover(&containerd, &container, thaw).await
             }
-            Command::Migrate { container, to, ip, mode, no_fast, dry_run, remote_ferry } => {
-                if mode != Mode::Stop {
-                    let name = mode.to_possible_value().map(|v| v.get_name().to_owned());
-                    bail!("--mode {} is not there yet: use --mode stop", name.unwrap_or_default());
-                }
+            Command::Pages { .. } => Ok(()),
+            Command::Migrate {
+                container,
+                to,
+                ip,
+                mode,
+                downtime_target,
+                rounds,
+                bandwidth,
+                on_diverge,
+                tracker,
+                no_fast,
+                dry_run,
+                remote_ferry,
+            } => {
+                let mode = match mode {
+                    Mode::Stop => migrate::Mode::Stop,
+                    Mode::Pre => migrate::Mode::Pre,
+                    Mode::Auto => migrate::Mode::Auto,
+                    Mode::Post | Mode::Hybrid => {
+                        let name = mode.to_possible_value().map(|v| v.get_name().to_owned());
+                        bail!(
+                            "--mode {} is not there yet: use --mode auto",
+                            name.unwrap_or_default()
+                        );
+                    }
+                };
+                let memory = Wishes {
+                    bandwidth,
+                    downtime_target: Duration::from_millis(downtime_target),
+                    rounds,
+                    on_diverge,
+                    tracker,
+                };
                 let destination: Destination =
                     to.parse().map_err(|e| anyhow::anyhow!("--to: {e}"))?;
                 let agent = format!("{remote_ferry} agent --stdio");
                 let json = self.json;
                 let to = (to, destination);
-                let options =
-                    Options { container, to, ip, agent, containerd, no_fast, dry_run, json };
+                let options = Options {
+                    container,
+                    to,
+                    ip,
+                    agent,
+                    containerd,
+                    mode,
+                    memory,
+                    no_fast,
+                    dry_run,
+                    json,
+                };
                 migrate::run(options).await
             }
         }
+    }
+}
+
+/// `100M`: bytes, with K, M or G for powers of 1024.
+fn size(text: &str) -> Result<u64, String> {
+    let (digits, unit) = match text.trim_end_matches(['K', 'M', 'G']) {
+        digits if text.len() - digits.len() <= 1 => (digits, &text[digits.len()..]),
+        _ => return Err("one unit at most: K, M or G".to_owned()),
+    };
+    let shift = match unit {
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        _ => 0,
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is no number of bytes"))?;
+    match number.checked_mul(1 << shift) {
+        Some(0) | None => Err(format!("{text:?} is out of range")),
+        Some(bytes) => Ok(bytes),
+    }
+}
+
+fn tracker(name: &str) -> Result<Kind, String> {
+    match name {
+        "write-protect" => Ok(Kind::WriteProtect),
+        "soft-dirty" => Ok(Kind::SoftDirty),
+        "none" => Ok(Kind::None),
+        _ => Err("it is write-protect, soft-dirty or none".to_owned()),
     }
 }
 
@@ -146,6 +263,15 @@ fn fast_path(name: &str) -> Result<Fast, String> {
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(super::size("100M"), Ok(100 << 20));
+        assert_eq!(super::size("7"), Ok(7));
+        for bad in ["", "M", "1KM", "0", "-1", "99999999999G", "1T"] {
+            assert!(super::size(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -7,6 +7,7 @@ mod describe;
 mod lock;
 mod migrate;
 mod network;
+mod pages;
 mod shim;
 mod status;
 mod transport;
@@ -20,6 +21,16 @@ fn main() -> ExitCode {
     let args = args::Args::parse();
     let level = if args.verbose { log::LevelFilter::Debug } else { log::LevelFilter::Warn };
     env_logger::Builder::new().filter_level(level).parse_default_env().init();
+    // Single-threaded: it forks.
+    if let Some(kept) = args.keep_pages() {
+        return match kept {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                log::error!("page store: {error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

@@ -22,6 +22,8 @@ pub enum Phase {
     Container,
     /// Send the writable layer while the container runs.
     Layer,
+    /// Copy the memory while the container runs.
+    Precopy,
     /// Put the address there, silent.
     Address,
     /// Start dump and restore up to where they need the container frozen.
@@ -46,12 +48,13 @@ pub enum Phase {
 
 impl Phase {
     /// Every phase, in order.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Connect,
         Self::Plan,
         Self::Image,
         Self::Container,
         Self::Layer,
+        Self::Precopy,
         Self::Address,
         Self::Hold,
         Self::Freeze,
@@ -72,6 +75,7 @@ impl Phase {
             Self::Image => "image",
             Self::Container => "container",
             Self::Layer => "layer",
+            Self::Precopy => "precopy",
             Self::Address => "address",
             Self::Hold => "hold",
             Self::Freeze => "freeze",
@@ -95,6 +99,8 @@ impl Phase {
             Self::Dump => 600,
             Self::Transfer => 1200,
             Self::Image | Self::Layer => 3600,
+            // Its rounds have their own end.
+            Self::Precopy => 24 * 3600,
         })
     }
 }

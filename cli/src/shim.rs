@@ -101,23 +101,15 @@ impl Shim {
         }
     }
 
-    /// Starts a dump that waits for the freeze; it ends by itself after `limit`.
+    /// Starts a dump that waits for the freeze; it ends by itself after its limit.
     ///
     /// # Errors
     /// When runc or CRIU cannot start; nothing has changed then.
     pub(crate) async fn prepare_dump(
         &self,
-        migration: &str,
-        fast: &[Fast],
-        limit: Duration,
+        request: PrepareDumpRequest,
     ) -> Result<PrepareDumpResponse> {
-        let request = PrepareDumpRequest {
-            id: self.id.clone(),
-            migration: migration.to_owned(),
-            limit_s: u32::try_from(limit.as_secs()).unwrap_or(u32::MAX),
-            fast: names(fast),
-            ..Default::default()
-        };
+        let request = PrepareDumpRequest { id: self.id.clone(), ..request };
         text(self.client.prepare_dump(within(SLOW), &request).await)
     }
 
@@ -192,12 +184,14 @@ impl Shim {
         migration: &str,
         images: &Path,
         fast: &[Fast],
+        lazy_pages: bool,
     ) -> Result<()> {
         let request = RestoreRequest {
             id: self.id.clone(),
             migration: migration.to_owned(),
             images_path: images.display().to_string(),
             fast: names(fast),
+            lazy_pages,
             ..Default::default()
         };
         text(self.client.prepare_restore(within(SLOW), &request).await).map(drop)
@@ -211,12 +205,14 @@ impl Shim {
         &self,
         migration: &str,
         images: &Path,
+        lazy_pages: bool,
         limit: Duration,
     ) -> Result<RestoreResponse> {
         let request = RestoreRequest {
             id: self.id.clone(),
             migration: migration.to_owned(),
             images_path: images.display().to_string(),
+            lazy_pages,
             ..Default::default()
         };
         text(self.client.restore(within(limit), &request).await)

@@ -1,7 +1,10 @@
-//! `ferry status`: migrations that were decided and not finished on this host.
+//! `ferry status`: migrations that were decided and not finished on this host, and memory that is kept
+//! for the next attempt of those that failed.
 
 use anyhow::{Context, Result};
 use ferry_oci::record::{Decision, Record};
+
+use crate::pages;
 
 /// Prints the records.
 ///
@@ -9,9 +12,22 @@ use ferry_oci::record::{Decision, Record};
 /// When they cannot be read.
 pub(crate) fn show(json: bool) -> Result<()> {
     let records = Record::all().context("read the records of migrations")?;
+    let kept = pages::kept()?;
     if json {
-        println!("{}", serde_json::to_string_pretty(&records)?);
+        let all = serde_json::json!({ "migrations": records, "pages": kept });
+        println!("{}", serde_json::to_string_pretty(&all)?);
         return Ok(());
+    }
+    for store in kept {
+        let until = match store.expires_s {
+            Some(seconds) => format!(
+                "{} MiB of memory are kept for the next attempt, for {} s more (ferry drop)",
+                store.bytes >> 20,
+                seconds
+            ),
+            None => "memory is being received or served".to_owned(),
+        };
+        println!("{}\t{}\t{until}", store.migration, store.name.replacen('.', "/", 1));
     }
     for record in records {
         let what = match record.decision {

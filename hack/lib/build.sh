@@ -14,5 +14,6 @@ program() {
 
 build_programs() {
     (cd "$workspace" &&
+        cargo build --quiet --package ferry-hide --profile "$FERRY_PROFILE" &&
         cargo build --quiet --workspace --bins --profile "$FERRY_PROFILE" --features "${FERRY_FEATURES:-}")
 }

@@ -17,11 +17,16 @@ pub enum Fast {
     HeldRestore,
     /// Cgroups are left to runc.
     Cgroups,
+    /// Memory is hidden from CRIU's dump.
+    Hide,
+    /// A small `tar` of our own for the file systems in memory.
+    Tar,
 }
 
 impl Fast {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::HeldDump, Self::HeldRestore, Self::Cgroups];
+    pub const ALL: [Self; 5] =
+        [Self::HeldDump, Self::HeldRestore, Self::Cgroups, Self::Hide, Self::Tar];
 
     /// Name, as given to `--no-fast`.
     pub fn name(self) -> &'static str {
@@ -29,6 +34,8 @@ impl Fast {
             Self::HeldDump => "held-dump",
             Self::HeldRestore => "held-restore",
             Self::Cgroups => "cgroups",
+            Self::Hide => "hide",
+            Self::Tar => "tar",
         }
     }
 
@@ -43,6 +50,8 @@ impl Fast {
             Self::HeldDump => "dump started before the freeze",
             Self::HeldRestore => "restore started before the freeze",
             Self::Cgroups => "cgroups left to runc",
+            Self::Hide => "memory hidden from the dump",
+            Self::Tar => "fast tar",
         }
     }
 }

@@ -62,6 +62,7 @@ fn remove_migration(bundle: &Path) -> Result<()> {
         return Ok(());
     }
     let images = std::fs::remove_dir_all(paths::images(&migration));
+    let _ = std::fs::remove_dir_all(paths::hide(&migration));
     let output = ferry_oci::quarantine::remove(&migration)
         .stdin(Stdio::null())
         .output()

@@ -16,7 +16,8 @@ use crate::{base, images, network, prereq, sweep};
 /// More hosts than that have no name.
 pub const MOST_HOSTS: u8 = 8;
 /// ferry's own programs, installed on every host when they are built.
-pub const PROGRAMS: [&str; 2] = ["ferry", "containerd-shim-ferry-v2"];
+pub const PROGRAMS: [&str; 4] =
+    ["ferry", "containerd-shim-ferry-v2", "libferry_hide.so", "ferry-tar"];
 
 /// File in a lab's state that is there once all its hosts run.
 const COMPLETE: &str = "complete";

@@ -7,6 +7,7 @@ use ferry_cli::phase::Phase;
 use ferry_tests::Host;
 use ferry_tests::scene::{
     FLOATING, Scene, finish_client, go_on, stop_at, task_state, traces, wait_for_traces,
+    wait_for_traces_but_pages,
 };
 
 /// Who is killed.
@@ -41,6 +42,7 @@ fn expected(phase: Phase, victim: Victim) -> Option<Ends> {
             | Phase::Image
             | Phase::Container
             | Phase::Layer
+            | Phase::Precopy
             | Phase::Address
             | Phase::Hold
             | Phase::Freeze
@@ -59,7 +61,7 @@ fn expected(phase: Phase, victim: Victim) -> Option<Ends> {
 }
 
 fn kill_ferry(host: &Host) -> Result<()> {
-    host.run("pkill -9 -x ferry")?;
+    host.run("pkill -9 -f '^ferry (agent|migrate)'")?;
     Ok(())
 }
 
@@ -116,7 +118,7 @@ fn kill_everywhere(victim: Victim) -> Result<()> {
         is_served(&scene).with_context(|| when.clone())?;
         assert_eq!(task_state(scene.host(here), "redis")?.as_deref(), Some("RUNNING"), "{when}");
         go_on(scene.host(here))?;
-        wait_for_traces(scene.host(there), &empty, &when)?;
+        wait_for_traces_but_pages(scene.host(there), &empty, &when)?;
         wait_for_traces(scene.host(here), &full, &when)?;
     }
     finish_client(client)?;
@@ -179,7 +181,7 @@ fn an_operator_can_decide_for_a_destination_that_cannot_be_asked() -> Result<()>
         a.run(&format!("ferry recover redis {decision}"))?;
         assert_eq!(task_state(a, "redis")?.as_deref(), state, "{decision}");
         assert_eq!(a.run("ferry status; nft list ruleset")?.stdout, "", "{decision}");
-        wait_for_traces(scene.host("b"), &empty, decision)?;
+        wait_for_traces_but_pages(scene.host("b"), &empty, decision)?;
     }
     ensure!(!a.output("ferry recover redis --thaw")?.status.success(), "nothing is frozen");
     Ok(())
@@ -204,7 +206,7 @@ fn a_shim_killed_in_a_migration_takes_its_container_along_and_nothing_else() -> 
         "ctr container rm redis; ip addr del {FLOATING}/24 dev eth0; ls /run/ferry/images"
     ))?;
     wait_for_traces(scene.host("a"), &before.0, "the shim was killed")?;
-    wait_for_traces(scene.host("b"), &before.1, "the shim was killed")
+    wait_for_traces_but_pages(scene.host("b"), &before.1, "the shim was killed")
 }
 
 /// A migration that a broken destination makes fail; the container must not notice.
@@ -227,7 +229,7 @@ fn fails_cleanly(
     }
     finish_client(client).with_context(|| breaks.to_owned())?;
     wait_for_traces(a, &before, breaks)?;
-    wait_for_traces(b, &broken, breaks)?;
+    wait_for_traces_but_pages(b, &broken, breaks)?;
     b.run(mends)?;
     Ok(())
 }

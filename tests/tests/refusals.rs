@@ -84,7 +84,7 @@ fn containers_that_cannot_move_are_refused_by_name() -> Result<()> {
     b.run("ctr container create docker.io/library/busybox:latest box")?;
     refused(&scene, "box", "", "id-taken")?;
     b.run("ctr container rm box")?;
-    for mode in ["pre", "post", "hybrid", "auto"] {
+    for mode in ["post", "hybrid"] {
         refused(&scene, "box", &format!("--mode {mode}"), &format!("--mode {mode}"))?;
     }
     refused(&scene, "box", "--remote-ferry nothing-there", "ferry is not installed there")?;

@@ -1,19 +1,14 @@
 //! Undoing a migration at its destination, or making it permanent.
 
 use std::io;
-use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use ferry_oci::announce::gratuitous_arp;
 use ferry_oci::record::Record;
 use ferry_oci::{paths, quarantine};
 
 use crate::containerd::Destination as Store;
 use crate::network::address::{self, Cidr};
-use crate::network::announce::gratuitous_arp;
-
-/// How long nft may take.
-const NFT: Duration = Duration::from_secs(15);
 
 /// Removes everything that carries the migration's mark. Can be repeated.
 ///
@@ -27,15 +22,15 @@ pub(super) async fn remove(store: &Store, ip: Option<Cidr>) -> Result<()> {
         bail!("{}", errors.join("; "));
     }
     // Only an address that is silent for this migration was brought here by it.
-    let tables = run(quarantine::list()).await?;
-    let ip = ip.filter(|_| quarantine::migrations_in(&tables).iter().any(|m| m == migration));
+    let silent = blocking(quarantine::present).await?;
+    let ip = ip.filter(|_| silent.iter().any(|m| m == migration));
     // The address goes before the rules that keep it silent.
     if let Some(cidr) = ip
         && let Err(error) = address::remove(cidr.ip).await
     {
         errors.push(format!("{error:#}"));
     }
-    if let Err(error) = nft(quarantine::remove(migration)).await {
+    if let Err(error) = clear(migration).await {
         errors.push(format!("{error:#}"));
     }
     errors.extend(forget(migration).err().map(|e| format!("{e:#}")));
@@ -51,7 +46,7 @@ pub(super) async fn keep(store: &Store) -> Result<()> {
     if !errors.is_empty() {
         bail!("{}", errors.join("; "));
     }
-    nft(quarantine::remove(store.migration())).await?;
+    clear(store.migration()).await?;
     forget(store.migration())
 }
 
@@ -66,24 +61,20 @@ fn forget(migration: &str) -> Result<()> {
     Record::remove(migration).context("remove the migration's record")
 }
 
-/// Runs an nft command.
+/// Removes all rules of a migration on this host.
 ///
 /// # Errors
-/// With what nft printed.
-pub(crate) async fn nft(command: Command) -> Result<()> {
-    run(command).await.map(drop)
+/// When the kernel refuses.
+pub(crate) async fn clear(migration: &str) -> Result<()> {
+    let migration = migration.to_owned();
+    blocking(move || quarantine::clear(&migration)).await
 }
 
-async fn run(command: Command) -> Result<String> {
-    let run = tokio::process::Command::from(command).kill_on_drop(true).output();
-    let output = tokio::time::timeout(NFT, run)
-        .await
-        .with_context(|| format!("nft took longer than {} s", NFT.as_secs()))?
-        .context("start nft")?;
-    if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
-    }
-    bail!("nft: {}", String::from_utf8_lossy(&output.stderr).trim())
+/// The kernel takes some milliseconds for a change of its rules.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, quarantine::Error> + Send + 'static,
+) -> Result<T> {
+    Ok(tokio::task::spawn_blocking(work).await??)
 }
 
 /// Announces an address whose container runs here. What fails is told and nothing more: no answer
@@ -92,7 +83,7 @@ pub(super) async fn announce(migration: &str, cidr: Cidr, device: &str) {
     if let Err(error) = gratuitous_arp(cidr.ip, device) {
         log::warn!("announce {cidr}: {error:#}");
     }
-    if let Err(error) = nft(quarantine::remove(migration)).await {
+    if let Err(error) = clear(migration).await {
         log::warn!("open {cidr}: {error:#}");
     }
 }

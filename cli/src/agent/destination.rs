@@ -14,15 +14,19 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use ferry_oci::announce::Announcement;
 use ferry_oci::fast::Fast;
+use ferry_oci::quarantine::How;
 use ferry_oci::{layer, paths};
 use tokio::io::AsyncWriteExt;
 
-use super::cleanup::{self, nft};
+use super::cleanup;
 use super::incoming::Incoming;
+use super::memory::Memory;
 use crate::containerd::{Blob, Containerd, Destination as Store};
 use crate::lock::{self, Lock};
 use crate::network::address::{self, Cidr};
+use crate::network::queue::Held;
 use crate::shim::{self, Shim};
 use crate::wire::messages::{
     ContainerdAddress, ImageFile, ImageSpec, NewContainer, Reply, Request,
@@ -34,6 +38,15 @@ const INVENTORY: &str = "inventory.img";
 /// Restoring a large container from memory takes seconds, not minutes.
 const RESTORE: Duration = Duration::from_secs(120);
 
+/// The address that moves, on its way here.
+struct Arriving {
+    cidr: Cidr,
+    device: String,
+    /// Until the rules have gone.
+    held: Option<Held>,
+    announcement: Announcement,
+}
+
 /// A migration that has begun here.
 pub(super) struct Destination {
     /// containerd, as seen by this migration.
@@ -43,10 +56,14 @@ pub(super) struct Destination {
     container: String,
     /// Ready made by `PutContainer`.
     shim: Option<Shim>,
-    /// Made by `PutAddress`: the address and its interface.
-    ip: Option<(Cidr, String)>,
+    /// Made by `PutAddress`.
+    ip: Option<Arriving>,
     /// Name of the image here, when it had to be another than the source's.
     image: Option<String>,
+    /// Opened by `OpenPages`.
+    memory: Option<Memory>,
+    /// Memory is served from the page store.
+    lazy: bool,
     /// A restore waits for its images.
     waiting: bool,
     /// `Commit` was passed to the shim: from here on nothing is undone without its word.
@@ -75,6 +92,8 @@ impl Destination {
             shim: None,
             ip: None,
             image: None,
+            memory: None,
+            lazy: false,
             waiting: false,
             committed: false,
             _lock: lock,
@@ -90,9 +109,12 @@ impl Destination {
             Request::PutImage(image) => self.put_image(image).await?,
             Request::PutContainer(new) => self.put_container(*new).await?,
             Request::PutLayer => self.put_layer(input).await?,
-            Request::PutAddress(cidr) => self.put_address(cidr).await?,
-            Request::PrepareRestore { files, fast } => {
-                self.prepare_restore(input, &files, &fast).await?;
+            Request::PutAddress(cidr) => return self.put_address(cidr).await,
+            Request::Announce => self.announce_early()?,
+            Request::OpenPages => return self.open_pages(),
+            Request::Pages => self.put_pages(input).await?,
+            Request::PrepareRestore { files, fast, lazy } => {
+                self.prepare_restore(input, &files, &fast, lazy).await?;
             }
             Request::Restore(files) => return self.restore(input, &files).await,
             Request::Commit => return self.commit().await,
@@ -162,13 +184,25 @@ impl Destination {
         forwarded
     }
 
-    async fn put_address(&mut self, cidr: Cidr) -> Result<()> {
+    async fn put_address(&mut self, cidr: Cidr) -> Result<Reply> {
         let device = address::device_for(&cidr)?
             .with_context(|| format!("no interface here is in the network of {cidr}"))?;
         // Silent first: the kernel must not answer for it before the sockets are there.
-        nft(ferry_oci::quarantine::add(&self.migration, &[cidr.ip])).await?;
-        self.ip = Some((cidr, device.clone()));
-        address::add(cidr, &device).await
+        let migration = self.migration.clone();
+        let ip = cidr.ip.into();
+        let held = tokio::task::spawn_blocking(move || Held::start(&migration, &[ip])).await??;
+        address::add(cidr, &device).await?;
+        let announcement =
+            Announcement::prepare(cidr.ip, &device).context("prepare to announce")?;
+        let queued = matches!(held.how(), How::Queued(_));
+        self.ip = Some(Arriving { cidr, device, held: Some(held), announcement });
+        Ok(Reply::Address { queued })
+    }
+
+    /// Leads the clients here while everything is still silent: what they send waits.
+    fn announce_early(&self) -> Result<()> {
+        let ip = self.ip.as_ref().context("there is no address to announce")?;
+        ip.announcement.send().with_context(|| format!("announce {}", ip.cidr))
     }
 
     async fn prepare_restore(
@@ -176,11 +210,44 @@ impl Destination {
         input: &mut Incoming,
         files: &[ImageFile],
         fast: &[Fast],
+        lazy: bool,
     ) -> Result<()> {
         self.put_images(input, files).await?;
         let shim = self.shim.as_ref().context("there is no task to restore")?;
-        shim.prepare_restore(&self.migration, &paths::images(&self.migration), fast).await?;
-        self.waiting = true;
+        if lazy {
+            let memory = self.memory.as_ref().context("no page store is open")?;
+            let pid = shim.describe().await?.shim_pid;
+            memory.listen(&self.bundle().join(paths::RESTORE_WORK), pid)?;
+        }
+        self.lazy = lazy;
+        if fast.contains(&Fast::HeldRestore) {
+            let images = paths::images(&self.migration);
+            shim.prepare_restore(&self.migration, &images, fast, lazy).await?;
+            self.waiting = true;
+        }
+        Ok(())
+    }
+
+    fn open_pages(&mut self) -> Result<Reply> {
+        let (namespace, migration) = (&self.address.namespace, &self.migration);
+        let memory = Memory::open(namespace, &self.container, migration)?;
+        let pages = memory.pages();
+        self.memory = Some(memory);
+        Ok(Reply::PageStore { pages })
+    }
+
+    /// The hashes of the pages that an earlier attempt has left.
+    pub(super) fn page_hashes(&self) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.memory.as_ref().context("no page store is open")?.send_hashes(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    async fn put_pages(&mut self, input: &mut Incoming) -> Result<()> {
+        let memory = self.memory.as_mut().context("no page store is open")?;
+        while let Some(chunk) = input.chunk().await? {
+            tokio::task::block_in_place(|| memory.push(&chunk))?;
+        }
         Ok(())
     }
 
@@ -223,31 +290,67 @@ impl Destination {
     async fn restore(&mut self, input: &mut Incoming, files: &[ImageFile]) -> Result<Reply> {
         self.put_images(input, files).await?;
         input.skip_stream().await?;
+        if self.lazy
+            && let Some(memory) = &mut self.memory
+        {
+            memory.complete()?;
+        }
         let shim = self.shim.as_ref().context("there is no task to restore")?;
         let start = Instant::now();
-        shim.restore(&self.migration, &paths::images(&self.migration), RESTORE).await?;
+        let images = paths::images(&self.migration);
+        shim.restore(&self.migration, &images, self.lazy, RESTORE).await?;
         Ok(Reply::Held { restore_us: micros(start) })
     }
 
     /// The commit. An error from here on does not mean that the container is not here.
     async fn commit(&mut self) -> Result<Reply> {
         let shim = self.shim.as_ref().context("there is nothing to commit")?;
-        // Before anything runs, or the program would see its packets refused. Nobody sends here
-        // yet: ARP stays silent until the address is announced.
-        if self.ip.is_some() {
-            nft(ferry_oci::quarantine::open(&self.migration)).await?;
+        // Before anything runs, or the program would see its packets refused. What comes for it
+        // waits on.
+        if let Some(held) = self.ip.as_ref().and_then(|ip| ip.held.as_ref()) {
+            held.open()?;
         }
         self.committed = true;
         let released = shim.release(&self.migration).await?;
         let start = Instant::now();
-        self.announce().await;
-        Ok(Reply::Running { release_us: released.release_us, network_us: micros(start) })
+        let packets = self.open_address();
+        let network_us = micros(start);
+        if self.lazy
+            && let Some(memory) = &self.memory
+            && let Err(error) = memory.fill()
+        {
+            log::warn!("fill the container's memory: {error:#}");
+        }
+        Ok(Reply::Running { release_us: released.release_us, network_us, packets })
     }
 
-    /// It runs here: what fails now is no reason to say that it does not.
-    async fn announce(&self) {
-        let Some((cidr, device)) = &self.ip else { return };
-        cleanup::announce(&self.migration, *cidr, device).await;
+    /// It runs here: what fails now is no reason to say that it does not. Packets that had waited.
+    fn open_address(&self) -> u64 {
+        let Some(ip) = &self.ip else { return 0 };
+        let let_through = ip.held.as_ref().map(Held::release).transpose();
+        if let Err(error) = ip.announcement.send() {
+            log::warn!("announce {}: {error}", ip.cidr);
+        }
+        match let_through {
+            Ok(count) => count.unwrap_or_default(),
+            Err(error) => {
+                log::warn!("let packets for {} through: {error:#}", ip.cidr);
+                0
+            }
+        }
+    }
+
+    /// Takes the rules of the address away, after the last packet that they held.
+    async fn end_rules(&mut self) {
+        let Some(ip) = &mut self.ip else { return };
+        let Some(held) = ip.held.take() else { return };
+        let cidr = ip.cidr;
+        match tokio::task::spawn_blocking(move || held.finish()).await {
+            Ok(Ok(())) => {}
+            // What is left goes with the migration's other marks.
+            failed => log::warn!("remove the rules of {cidr}: {failed:?}"),
+        }
+        cleanup::announce(&self.migration, cidr, &ip.device).await;
     }
 
     /// Whether this is `migration`.
@@ -256,10 +359,10 @@ impl Destination {
     }
 
     /// Makes what was created permanent and forgets the migration.
-    pub(super) async fn finish(self) -> Result<()> {
+    pub(super) async fn finish(mut self) -> Result<()> {
         ensure!(self.committed, "the migration has not been committed");
-        // Again, for neighbours that missed the first one.
-        self.announce().await;
+        // Announced again, for neighbours that missed the first one.
+        self.end_rules().await;
         cleanup::keep(&self.store).await?;
         Ok(())
     }
@@ -272,7 +375,16 @@ impl Destination {
         {
             log::debug!("abort: {error:#}");
         }
-        let ip = self.ip.map(|(cidr, _)| cidr);
+        if let Some(memory) = self.memory {
+            memory.abort();
+        }
+        // They are for a container that does not run here: their senders repeat them.
+        if let Some(held) = self.ip.as_ref().and_then(|ip| ip.held.as_ref())
+            && let Err(error) = held.drop_all()
+        {
+            log::debug!("drop held packets: {error:#}");
+        }
+        let ip = self.ip.map(|ip| ip.cidr);
         cleanup::remove(&self.store, ip).await?;
         Ok(())
     }

@@ -81,6 +81,7 @@ fn announces_stream(request: &Request) -> bool {
         request,
         Request::PutBlob(_)
             | Request::PutLayer
+            | Request::Pages
             | Request::PrepareRestore { .. }
             | Request::Restore(_)
     )

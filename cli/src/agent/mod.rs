@@ -6,6 +6,7 @@
 pub(crate) mod cleanup;
 mod destination;
 mod incoming;
+mod memory;
 mod settle;
 
 use anyhow::{Context, Result, bail};
@@ -14,7 +15,7 @@ use tokio::io::{AsyncWriteExt, BufReader, BufWriter};
 use crate::containerd::Containerd;
 use crate::describe::host::HostFacts;
 use crate::describe::room::RoomFacts;
-use crate::wire::codec::{self, Frame};
+use crate::wire::codec::{self, Frame, MAX_DATA};
 use crate::wire::messages::{ContainerdAddress, Reply, Request};
 use destination::Destination;
 use incoming::Incoming;
@@ -24,6 +25,8 @@ struct Agent {
     address: ContainerdAddress,
     containerd: Containerd,
     migration: Option<Destination>,
+    /// What goes out as a stream before the next reply.
+    outgoing: Option<Vec<u8>>,
 }
 
 /// Serves one driver until its input ends.
@@ -54,6 +57,13 @@ async fn converse(
         };
         // A refused request may leave its stream unread.
         input.skip_stream().await?;
+        if let Some(bytes) = agent.as_mut().and_then(|agent| agent.outgoing.take()) {
+            for piece in bytes.chunks(MAX_DATA as usize) {
+                let frame = Frame::Data(piece.to_vec());
+                codec::write(output, &frame).await.context("answer the driver")?;
+            }
+            codec::write(output, &Frame::End).await.context("answer the driver")?;
+        }
         let bytes = serde_json::to_vec(&reply).context("encode a reply")?;
         codec::write(output, &Frame::Message(bytes)).await.context("answer the driver")?;
         output.flush().await.context("answer the driver")?;
@@ -70,7 +80,12 @@ async fn answer(
         // The driver judges the versions; an agent of another protocol only says which it is.
         if protocol == ferry_oci::PROTOCOL {
             let client = Containerd::connect(&containerd.socket, &containerd.namespace).await?;
-            *agent = Some(Agent { address: containerd, containerd: client, migration: None });
+            *agent = Some(Agent {
+                address: containerd,
+                containerd: client,
+                migration: None,
+                outgoing: None,
+            });
         }
         let ferry = env!("CARGO_PKG_VERSION").to_owned();
         return Ok(Reply::Hello { protocol: ferry_oci::PROTOCOL, ferry });
@@ -117,6 +132,11 @@ impl Agent {
                     Some(own) if own.is(&migration) => own.finish().await?,
                     _ => settle::finish(&self.containerd, &migration).await?,
                 }
+                Ok(Reply::Done)
+            }
+            Request::PageHashes => {
+                let migration = self.migration.as_mut().context("no migration has begun")?;
+                self.outgoing = Some(migration.page_hashes()?);
                 Ok(Reply::Done)
             }
             other => {

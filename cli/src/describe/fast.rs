@@ -38,21 +38,23 @@ fn why_not(fast: Fast, facts: &Facts<'_>) -> Option<String> {
     if facts.refused.contains(&fast) {
         return Some("turned off by --no-fast".to_owned());
     }
+    // All others are given to a dump that is started early, or need what runc has written for it.
+    if fast != Fast::HeldDump && facts.refused.contains(&Fast::HeldDump) {
+        return Some(format!("needs {}", Fast::HeldDump.name()));
+    }
+    let missing =
+        |what: &str| Some(format!("{what} is not installed on {}", facts.source.hostname));
     match fast {
-        Fast::HeldDump => None,
-        // What runc reads before its restore comes from a dump that has started.
-        Fast::HeldRestore => {
-            let refused = facts.refused.contains(&Fast::HeldDump);
-            refused.then(|| format!("needs {}", Fast::HeldDump.name()))
-        }
+        Fast::HeldDump | Fast::HeldRestore => None,
         Fast::Cgroups => cgroups(facts),
+        Fast::Hide if !facts.source.hide_library => missing("libferry_hide.so"),
+        // Of the destination's it is enough to know that the real one is there.
+        Fast::Tar if !facts.source.fast_tar => missing("ferry-tar"),
+        Fast::Hide | Fast::Tar => None,
     }
 }
 
 fn cgroups(facts: &Facts<'_>) -> Option<String> {
-    if facts.refused.contains(&Fast::HeldDump) {
-        return Some(format!("needs {}", Fast::HeldDump.name()));
-    }
     if let Some(first) = facts.container.own_cgroups.first() {
         return Some(format!("the container has made cgroups of its own: {first}"));
     }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::process::Command;
 
+use ferry_oci::criu::{FastTar, find_library};
 use serde::{Deserialize, Serialize};
 
 /// What a host is, as far as a move depends on it.
@@ -29,6 +30,10 @@ pub(crate) struct HostFacts {
     pub(crate) nft: bool,
     /// Whether the shim is in the path.
     pub(crate) shim: bool,
+    /// Whether the library that hides memory from CRIU is installed.
+    pub(crate) hide_library: bool,
+    /// Whether the fast tar is installed.
+    pub(crate) fast_tar: bool,
     /// Version of containerd.
     pub(crate) containerd: String,
     /// Version of this ferry.
@@ -53,6 +58,8 @@ impl HostFacts {
             runc: version_of("runc", "runc version"),
             nft: Command::new("nft").arg("--version").output().is_ok_and(|o| o.status.success()),
             shim: in_path("containerd-shim-ferry-v2"),
+            hide_library: find_library().is_some(),
+            fast_tar: FastTar::find().is_some(),
             containerd,
             ferry: env!("CARGO_PKG_VERSION").to_owned(),
         }

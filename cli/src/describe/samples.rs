@@ -21,6 +21,8 @@ pub(crate) fn host(name: &str) -> HostFacts {
         runc: Some("1.3.6".into()),
         nft: true,
         shim: true,
+        hide_library: true,
+        fast_tar: true,
         containerd: "2.1".into(),
         ferry: "0.1.0".into(),
     }

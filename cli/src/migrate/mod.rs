@@ -14,6 +14,8 @@
 
 mod failure;
 mod fault;
+pub(crate) mod memory;
+mod pause;
 
 mod plan;
 mod report;
@@ -26,10 +28,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use ferry_cli::phase::Phase;
 use ferry_oci::fast::Fast;
-use ferry_oci::layer::Pass;
 use ferry_oci::record::Record;
 
-use crate::containerd::{Containerd, Stdio};
+use crate::containerd::Containerd;
 use crate::describe::checks::{self, Facts, blockers};
 use crate::describe::fast;
 use crate::describe::host::HostFacts;
@@ -38,20 +39,35 @@ use crate::lock;
 use crate::network::address::{self, Cidr};
 use crate::transport::link::{Link, unexpected};
 use crate::transport::ssh::Destination;
-use crate::wire::messages::{ContainerdAddress, ImageSpec, NewContainer, Reply, Request};
+use crate::wire::messages::{ContainerdAddress, Reply, Request};
 use failure::{Failure, Whereabouts};
+use pause::Held;
 use plan::Plan;
 use report::{Bytes, Report, downtime};
 use source::Source;
 use timeline::Timeline;
 
-/// The only mode so far.
-const MODE: &str = "stop";
+/// How the memory moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// Freeze, copy all, restore.
+    Stop,
+    /// Copy while it runs, then stop.
+    Pre,
+    /// As `pre` where memory can be tracked and served, else as `stop`.
+    Auto,
+}
 
-/// How often the container is frozen and dumped before a migration is given up.
-const DUMPS: usize = 3;
-/// How long it runs between two tries.
-const BETWEEN_DUMPS: Duration = Duration::from_millis(200);
+impl Mode {
+    /// As on the command line.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Pre => "pre",
+            Self::Auto => "auto",
+        }
+    }
+}
 
 /// What the operator asked for.
 #[derive(Debug, Clone)]
@@ -66,6 +82,10 @@ pub(crate) struct Options {
     pub(crate) agent: String,
     /// containerd, on both hosts.
     pub(crate) containerd: ContainerdAddress,
+    /// How the memory moves.
+    pub(crate) mode: Mode,
+    /// How memory is copied while the container runs.
+    pub(crate) memory: memory::Wishes,
     /// Fast paths not to take.
     pub(crate) no_fast: Vec<Fast>,
     /// Stop after the plan.
@@ -82,6 +102,10 @@ struct Migration {
     device: String,
     /// Fast paths that are taken.
     fast: Vec<Fast>,
+    /// All of them, and why one is not taken.
+    choices: Vec<fast::Choice>,
+    /// How the memory moves.
+    mode: Mode,
     timeline: Timeline,
     bytes: Bytes,
     started: Instant,
@@ -107,6 +131,8 @@ async fn run_locked(options: Options) -> Result<()> {
         id: new_id(),
         device: String::new(),
         fast: Vec::new(),
+        choices: Vec::new(),
+        mode: options.mode,
         timeline: Timeline::new(options.json),
         bytes: Bytes::default(),
         started: Instant::now(),
@@ -121,8 +147,13 @@ async fn run_locked(options: Options) -> Result<()> {
         eprint!("{}", plan.text());
     }
     // From here on something may have changed.
-    let frozen = match migration.prepare_and_hold(&mut source, &mut link).await {
-        Ok(frozen) => frozen,
+    let ready = migration.prepare(&mut source, &mut link).await;
+    let held = match ready {
+        Ok(ready) => migration.pause(ready, &mut source, &mut link).await,
+        Err(failure) => Err(failure),
+    };
+    let frozen = match held {
+        Ok(held) => held,
         Err(failure) => return Err(migration.rollback(failure, &source, link).await),
     };
     if let Err(failure) = migration.commit(&source, &frozen.epoch).await
@@ -134,17 +165,6 @@ async fn run_locked(options: Options) -> Result<()> {
     // Committed: no rollback from here on.
     let report = migration.complete(frozen, &source, link).await?;
     show_report(&report, migration.options.json)
-}
-
-/// What is known when the destination holds the container.
-struct Held {
-    frozen_at: Instant,
-    freeze_us: u64,
-    stdout: String,
-    /// Of the destination.
-    epoch: String,
-    /// What did not go right at the first try.
-    warnings: Vec<String>,
 }
 
 impl Migration {
@@ -207,7 +227,7 @@ impl Migration {
             let plan = Plan {
                 container: options.container.clone(),
                 migration: self.id.clone(),
-                mode: MODE,
+                mode: self.mode.name(),
                 ip: options.ip.map(|c| c.to_string()),
                 source: here,
                 destination: there,
@@ -222,107 +242,8 @@ impl Migration {
         let (plan, device) = result.map_err(|failure| self.tell(&failure))?;
         self.device = device;
         self.fast = fast::taken(&plan.fast);
+        self.choices = plan.fast.clone();
         Ok(plan)
-    }
-
-    /// Everything up to the held restore.
-    async fn prepare_and_hold(
-        &mut self,
-        source: &mut Source,
-        link: &mut Link,
-    ) -> Result<Held, Failure> {
-        let Self { options, id, timeline, bytes, fast, .. } = self;
-        let stdio = stdio_there(source, &options.containerd.namespace, &options.container);
-        let stdout = stdio.stdout.clone();
-        let mut warnings = Vec::new();
-
-        let patience = Phase::Image.deadline();
-        let epoch;
-        (bytes.image, epoch) = timeline
-            .run(Phase::Image, async {
-                let container = options.container.clone();
-                let begin = Request::Begin { migration: id.clone(), container };
-                let epoch = match link.ask(&begin, patience).await? {
-                    Reply::Begun { epoch } => epoch,
-                    other => return Err(unexpected(&other)),
-                };
-                let sent = source.send_blobs(link, patience).await?;
-                let image = ImageSpec {
-                    name: source.image.name.clone(),
-                    target: source.image.target.clone(),
-                    labels: source.image.labels.clone(),
-                    snapshotter: source.record.snapshotter.clone(),
-                    chain: source.content.chain_id().to_owned(),
-                };
-                link.order(&Request::PutImage(image), patience).await?;
-                Ok((sent, epoch))
-            })
-            .await?;
-
-        let new = NewContainer {
-            record: source.record.clone(),
-            chain: source.content.chain_id().to_owned(),
-            snapshot: source.layer.snapshot.kind,
-            stdio,
-        };
-        let patience = Phase::Container.deadline();
-        let order = Request::PutContainer(Box::new(new));
-        timeline.run(Phase::Container, link.order(&order, patience)).await?;
-
-        let patience = Phase::Layer.deadline();
-        bytes.layer =
-            timeline.run(Phase::Layer, source.send_layer(link, Pass::Live, patience)).await?;
-
-        let patience = Phase::Address.deadline();
-        timeline
-            .run(Phase::Address, async {
-                match options.ip {
-                    Some(cidr) => link.order(&Request::PutAddress(cidr), patience).await,
-                    None => Ok(()),
-                }
-            })
-            .await?;
-
-        let patience = Phase::Hold.deadline();
-        timeline.run(Phase::Hold, source.hold(link, fast, patience)).await?;
-
-        let (frozen_at, freeze_us, dump) = loop {
-            let freeze_us = timeline.run(Phase::Freeze, source.freeze(options.ip)).await?;
-            let frozen_at = Instant::now() - Duration::from_micros(freeze_us);
-            match timeline.run(Phase::Dump, source.dump()).await {
-                Ok(dump) => break (frozen_at, freeze_us, dump),
-                // A task that was ending, or a connection that was opening, may keep CRIU from
-                // dumping at this moment and not at the next.
-                Err(failure) if warnings.len() + 1 < DUMPS => {
-                    let again = |error| Failure::new(Phase::Dump, error);
-                    source.thaw().await.map_err(again)?;
-                    warnings.push(format!("tried again after {failure}"));
-                    tokio::time::sleep(BETWEEN_DUMPS).await;
-                    source.hold_dump(fast).await.map_err(again)?;
-                }
-                Err(failure) => return Err(failure),
-            }
-        };
-
-        let patience = Phase::Transfer.deadline();
-        (bytes.pages, bytes.images, bytes.layer_delta) = timeline
-            .run(Phase::Transfer, async {
-                let delta = source.send_layer(link, Pass::Frozen, patience).await?;
-                let (pages, rest) = source.send_images(link, &dump.images_path).await?;
-                Ok((pages, rest, delta))
-            })
-            .await?;
-
-        let patience = Phase::Restore.deadline();
-        timeline
-            .run(Phase::Restore, async {
-                match link.reply(patience).await? {
-                    Reply::Held { .. } => Ok(()),
-                    other => Err(unexpected(&other)),
-                }
-            })
-            .await?;
-        Ok(Held { frozen_at, freeze_us, stdout, epoch, warnings })
     }
 
     async fn commit(&mut self, source: &Source, epoch: &str) -> Result<(), Failure> {
@@ -343,7 +264,9 @@ impl Migration {
             .timeline
             .run(Phase::Release, async {
                 match link.ask(&Request::Commit, patience).await? {
-                    Reply::Running { release_us, network_us } => Ok((release_us, network_us)),
+                    Reply::Running { release_us, network_us, packets } => {
+                        Ok((release_us, network_us, packets))
+                    }
                     other => Err(unexpected(&other)),
                 }
             })
@@ -351,7 +274,11 @@ impl Migration {
         let downtime_us = micros(held.frozen_at);
         let record = Record::read(&self.id)?.context("the record of the commit is gone")?;
         let mut warnings = std::mem::take(&mut held.warnings);
-        let (release_us, network_us) = match released {
+        // Before the source forgets it.
+        if let Some(memory) = &mut held.memory {
+            memory.tell(&mut held.happened);
+        }
+        let (release_us, network_us, packets) = match released {
             Ok(times) => times,
             Err(failure) => {
                 // The reply is lost, the decision is not: ask another agent.
@@ -367,6 +294,7 @@ impl Migration {
                 return Ok(self.report(held, source, (0, 0), downtime_us, sent, warnings));
             }
         };
+        held.happened.packets_held = packets;
         let retire = source::retire(&source.containerd, &self.options.containerd, &record);
         if let Err(failure) = self.timeline.run(Phase::Retire, retire).await {
             return Err(self.tell(&failure.at(Whereabouts::Destination)));
@@ -441,12 +369,14 @@ impl Migration {
             migration: self.id.clone(),
             source: hostname(),
             destination: self.options.to.1.host().to_owned(),
-            mode: MODE,
+            mode: self.mode.name(),
             stdout: held.stdout.trim_start_matches("file://").to_owned(),
             resident: source.facts.resident,
             downtime: downtime(&self.timeline, held.freeze_us, release_us, network_us, downtime_us),
             total_us: micros(self.started),
             bytes: Bytes { total: sent, ..self.bytes },
+            fast: self.choices.clone(),
+            happened: held.happened,
             phases: self.timeline.took().to_vec(),
             warnings,
         }
@@ -462,23 +392,6 @@ fn earlier(options: &Options) -> Result<Option<Record>> {
             && r.container == options.container
             && r.namespace == options.containerd.namespace
     }))
-}
-
-/// Stdio of the task on the destination: a FIFO's reader stays behind, so a file takes its place.
-fn stdio_there(source: &Source, namespace: &str, id: &str) -> Stdio {
-    let there = |given: &String, name: &str| match given.as_str() {
-        "" => String::new(),
-        uri if uri.starts_with("file://") => uri.to_owned(),
-        _ => format!("file:///var/log/ferry/{namespace}/{id}/{name}.log"),
-    };
-    let [_, stdout, stderr] = &source.stdio;
-    Stdio {
-        // Nobody types there: an empty input never ends and never blocks a writer.
-        stdin: String::new(),
-        stdout: there(stdout, "stdout"),
-        stderr: there(stderr, "stderr"),
-        terminal: false,
-    }
 }
 
 fn show(plan: &Plan, json: bool) -> Result<()> {

@@ -2,9 +2,11 @@
 
 use std::fmt::Write;
 
+use ferry_oci::pages::stream::RoundStats;
 use serde::Serialize;
 
 use super::timeline::{Timeline, Took};
+use crate::describe::fast::Choice;
 use ferry_cli::phase::Phase;
 
 /// The downtime, in parts. Microseconds.
@@ -41,6 +43,29 @@ pub(crate) struct Bytes {
     pub(crate) total: u64,
 }
 
+/// What of the fast paths really happened.
+#[derive(Debug, Clone, Default, Serialize)]
+pub(crate) struct Happened {
+    /// Pages that an earlier attempt had left at the destination.
+    pub(crate) reused_pages: u64,
+    /// Rounds of memory, the frozen one last.
+    pub(crate) rounds: Vec<RoundStats>,
+    /// Scans of CRIU's from which memory was hidden.
+    pub(crate) scans_hidden: u64,
+    /// Copies of smaps that CRIU was given.
+    pub(crate) smaps_given: u64,
+    /// Those that it read itself.
+    pub(crate) smaps_real: u64,
+    /// Calls of `tar` in the dump that the fast one answered.
+    pub(crate) fast_tar_calls: u64,
+    /// Those that the real one had to.
+    pub(crate) real_tar_calls: u64,
+    /// Whether packets for the address waited at the destination; if not they were dropped.
+    pub(crate) packets_queued: bool,
+    /// How many had waited.
+    pub(crate) packets_held: u64,
+}
+
 /// A finished migration.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
@@ -64,6 +89,10 @@ pub(crate) struct Report {
     pub(crate) total_us: u64,
     /// What was sent.
     pub(crate) bytes: Bytes,
+    /// The fast paths, and why one was not taken.
+    pub(crate) fast: Vec<Choice>,
+    /// What of them really happened.
+    pub(crate) happened: Happened,
     /// Every phase.
     pub(crate) phases: Vec<Took>,
     /// What was left to do and could not be done, empty as a rule.
@@ -107,6 +136,19 @@ impl Report {
             size(b.pages),
             size(b.images)
         );
+        if let Some((last, before)) = self.happened.rounds.split_last() {
+            let _ = writeln!(
+                text,
+                "memory: {} rounds, {} while it ran, {} pages in the freeze{}",
+                before.len() + 1,
+                size(before.iter().map(|round| round.bytes).sum()),
+                last.listed,
+                match self.happened.reused_pages {
+                    0 => String::new(),
+                    pages => format!(", {pages} pages were there from an earlier attempt"),
+                }
+            );
+        }
         if !self.stdout.is_empty() {
             let _ = writeln!(text, "output goes on in {} on {}", self.stdout, self.destination);
         }

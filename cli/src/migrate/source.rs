@@ -9,13 +9,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use ferry_oci::api::ferry::{CommitRequest, DumpResponse};
+use ferry_oci::api::ferry::{CommitRequest, DumpResponse, PrepareDumpRequest};
 use ferry_oci::fast::Fast;
 use ferry_oci::layer::{self, Manifest, Pass};
+use ferry_oci::paths;
 use ferry_oci::record::{Decision, Record};
-use ferry_oci::{paths, quarantine};
 
-use crate::agent::cleanup::nft;
+use crate::agent::cleanup;
 use crate::containerd::{ContainerRecord, Containerd, Image, ImageContent, WritableLayer};
 use crate::describe::container::{ContainerFacts, FromRecord};
 use crate::network::address::{self, Cidr};
@@ -29,6 +29,18 @@ const FREEZE_MIN: Duration = Duration::from_secs(120);
 /// Slowest link the freeze's limit allows for, bytes per second.
 const SLOWEST: u64 = 4 << 20;
 
+/// What the two ends that wait for the freeze are started with.
+pub(super) struct Hold<'a> {
+    /// Fast paths to take.
+    pub(super) fast: &'a [Fast],
+    /// Memory is served from the destination's page store.
+    pub(super) lazy: bool,
+    /// The address that moves.
+    pub(super) ip: Option<Cidr>,
+    /// The interface here that has it.
+    pub(super) device: &'a str,
+}
+
 /// The container on its source host.
 pub(super) struct Source {
     pub(super) containerd: Containerd,
@@ -38,6 +50,8 @@ pub(super) struct Source {
     pub(super) content: ImageContent,
     pub(super) layer: WritableLayer,
     pub(super) facts: ContainerFacts,
+    /// Its init, on this host.
+    pub(super) init_pid: u32,
     /// Stdio as the task was created with: stdin, stdout, stderr.
     pub(super) stdio: [String; 3],
     migration: String,
@@ -97,6 +111,7 @@ impl Source {
             content,
             layer,
             facts,
+            init_pid: description.init_pid,
             stdio,
             migration,
             sent_layer: Manifest::default(),
@@ -149,6 +164,18 @@ impl Source {
         pass: Pass,
         patience: Duration,
     ) -> Result<u64> {
+        let sent = self.send_layer_on(link, pass).await?;
+        if sent > 0 {
+            link.done(patience).await?;
+        }
+        Ok(sent)
+    }
+
+    /// [`Self::send_layer`]; the answer is still to come if anything was sent.
+    ///
+    /// # Errors
+    /// When the layer cannot be read or the connection breaks.
+    pub(super) async fn send_layer_on(&mut self, link: &mut Link, pass: Pass) -> Result<u64> {
         let Some(upper) = self.layer.upperdir.clone() else { return Ok(0) };
         let before = std::mem::take(&mut self.sent_layer);
         let live = matches!(pass, Pass::Live);
@@ -174,7 +201,6 @@ impl Source {
         let sent = link.stream(chunks).await?;
         let encoded = encode.await?.context("read the writable layer")?;
         self.sent_layer.forget(&encoded.unsettled);
-        link.done(patience).await?;
         Ok(sent)
     }
 
@@ -186,27 +212,20 @@ impl Source {
     pub(super) async fn hold(
         &self,
         link: &mut Link,
-        fast: &[Fast],
+        hold: &Hold<'_>,
         patience: Duration,
     ) -> Result<()> {
-        let early = if fast.contains(&Fast::HeldDump) {
-            let limit = self.freeze_limit();
-            let prepared = self.shim.prepare_dump(&self.migration, fast, limit).await?;
-            (prepared.images_path, prepared.early_files)
-        } else {
-            return Ok(());
-        };
-        if !fast.contains(&Fast::HeldRestore) {
+        let (dir, names) = self.hold_dump(hold).await?;
+        if !hold.lazy && !hold.fast.contains(&Fast::HeldRestore) {
             return Ok(());
         }
-        let dir = PathBuf::from(early.0);
-        let files = early.1.into_iter().map(|name| {
+        let files = names.into_iter().map(|name| {
             let size = std::fs::metadata(dir.join(&name))?.len();
             anyhow::Ok(ImageFile { name, size })
         });
         let files = files.collect::<Result<Vec<_>>>().context("read what the dump has written")?;
-        let order = Request::PrepareRestore { files: files.clone(), fast: fast.to_vec() };
-        link.send(&order).await?;
+        let fast = hold.fast.to_vec();
+        link.send(&Request::PrepareRestore { files: files.clone(), fast, lazy: hold.lazy }).await?;
         for file in &files {
             link.file(&dir.join(&file.name), file.size).await?;
         }
@@ -214,15 +233,30 @@ impl Source {
         link.done(patience).await
     }
 
-    /// Starts the dump again after one that failed.
+    /// Starts a dump that waits for the freeze, if that fast path is taken. Folder and names of the
+    /// files that a restore reads before its first image.
     ///
     /// # Errors
     /// When it cannot start; the container runs as before.
-    pub(super) async fn hold_dump(&self, fast: &[Fast]) -> Result<()> {
-        if fast.contains(&Fast::HeldDump) {
-            self.shim.prepare_dump(&self.migration, fast, self.freeze_limit()).await?;
+    pub(super) async fn hold_dump(&self, hold: &Hold<'_>) -> Result<(PathBuf, Vec<String>)> {
+        if !hold.fast.contains(&Fast::HeldDump) {
+            return Ok(Default::default());
         }
-        Ok(())
+        let hide = match hold.fast.contains(&Fast::Hide) && hold.lazy {
+            true => paths::hide(&self.migration).display().to_string(),
+            false => String::new(),
+        };
+        let request = PrepareDumpRequest {
+            migration: self.migration.clone(),
+            limit_s: u32::try_from(self.freeze_limit().as_secs()).unwrap_or(u32::MAX),
+            fast: hold.fast.iter().map(|fast| fast.name().to_owned()).collect(),
+            lock_addresses: hold.ip.iter().map(|cidr| cidr.ip.to_string()).collect(),
+            device: hold.device.to_owned(),
+            hide_folder: hide,
+            ..Default::default()
+        };
+        let prepared = self.shim.prepare_dump(request).await?;
+        Ok((PathBuf::from(prepared.images_path), prepared.early_files))
     }
 
     /// Locks the connections on the moved address and freezes. Microseconds the freezer took.
@@ -367,7 +401,7 @@ pub(super) async fn revert(address: &ContainerdAddress, record: &Record) -> Resu
 /// # Errors
 /// When nft or the file system refuses.
 pub(super) async fn clear(migration: &str) -> Result<()> {
-    nft(quarantine::remove(migration)).await?;
+    cleanup::clear(migration).await?;
     remove_images(migration)
 }
 

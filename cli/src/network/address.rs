@@ -7,11 +7,10 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use ferry_oci::announce;
 use futures_util::TryStreamExt;
 use nix::ifaddrs::getifaddrs;
 use serde::{Deserialize, Serialize};
-
-use super::announce::is_ethernet;
 
 /// How long the kernel may take to answer.
 const KERNEL: Duration = Duration::from_secs(15);
@@ -95,7 +94,7 @@ pub(crate) fn device_with(ip: Ipv4Addr) -> io::Result<Option<String>> {
 pub(crate) fn device_for(cidr: &Cidr) -> io::Result<Option<String>> {
     Ok(own_addresses()?
         .into_iter()
-        .filter(|(name, _)| is_ethernet(name))
+        .filter(|(name, _)| announce::is_ethernet(name))
         .find(|(_, address)| !address.is_loopback() && *address != cidr.ip && cidr.holds(*address))
         .map(|(name, _)| name))
 }

@@ -1,4 +1,4 @@
 //! Handing an address from one host to the other.
 
 pub(crate) mod address;
-pub(crate) mod announce;
+pub(crate) mod queue;

@@ -149,6 +149,34 @@ impl Link {
         self.flush().await
     }
 
+    /// Receives a stream that comes before the reply to a request, piece by piece.
+    ///
+    /// # Errors
+    /// When the agent refuses, the connection breaks, or a piece is not taken.
+    pub(crate) async fn receive(
+        &mut self,
+        deadline: Duration,
+        mut take: impl FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        loop {
+            let frame = match timeout(deadline, codec::read(&mut self.output)).await {
+                Err(_) => bail!("no answer within {} s", deadline.as_secs()),
+                Ok(frame) => frame.context("read from the agent")?,
+            };
+            match frame {
+                Some(Frame::Data(bytes)) => take(&bytes)?,
+                Some(Frame::End) => return Ok(()),
+                Some(Frame::Message(bytes)) => {
+                    match serde_json::from_slice(&bytes).context("decode the agent's reply")? {
+                        Reply::Refused { error } => bail!(error),
+                        other => return Err(unexpected(&other)),
+                    }
+                }
+                None => bail!(self.session.diagnose().await),
+            }
+        }
+    }
+
     /// Waits for the reply to a request that was sent with a stream.
     ///
     /// # Errors

@@ -43,8 +43,16 @@ pub(crate) enum Request {
     PutContainer(Box<NewContainer>),
     /// Changes of the writable layer; they follow as a stream.
     PutLayer,
-    /// The address, silent until the release.
+    /// The address, silent until the release; packets for it wait.
     PutAddress(Cidr),
+    /// Leads the clients to this host, while the address is still silent here.
+    Announce,
+    /// Opens the store for the container's memory.
+    OpenPages,
+    /// The hashes of the pages in it; they follow the other way, as a stream before the reply.
+    PageHashes,
+    /// One round of memory; it follows as a stream.
+    Pages,
     /// Starts a restore that waits for its images. What is read before the first of them follows as
     /// one stream, file after file.
     PrepareRestore {
@@ -52,6 +60,8 @@ pub(crate) enum Request {
         files: Vec<ImageFile>,
         /// Fast paths to take.
         fast: Vec<Fast>,
+        /// Memory is served from the page store.
+        lazy: bool,
     },
     /// Restores and holds. The images follow as one stream, file after file.
     Restore(Vec<ImageFile>),
@@ -145,6 +155,16 @@ pub(crate) enum Reply {
         /// Differs after every start of this host.
         epoch: String,
     },
+    /// To `PutAddress`.
+    Address {
+        /// Packets for it wait; if not, they are dropped.
+        queued: bool,
+    },
+    /// To `OpenPages`.
+    PageStore {
+        /// Pages that an earlier attempt has left in it.
+        pages: u64,
+    },
     /// Done, nothing more to say.
     Done,
     /// To `Restore`: held.
@@ -156,8 +176,10 @@ pub(crate) enum Reply {
     Running {
         /// Microseconds from the request until the tasks run.
         release_us: u64,
-        /// Microseconds for opening the address and announcing it.
+        /// Microseconds for letting packets through and announcing the address.
         network_us: u64,
+        /// Packets that had waited.
+        packets: u64,
     },
     /// To `Settle`.
     Settled(Outcome),

@@ -18,7 +18,7 @@ mod restore;
 pub(crate) use checkpoint::CheckpointParams;
 pub(crate) use create::CreateRequest;
 pub(crate) use exec::{Exec, ExecRequest};
-pub(crate) use prepared::{PreparedDump, PreparedRestore};
+pub(crate) use prepared::{Extras, PreparedDump, PreparedRestore};
 pub(crate) use restore::{Held, HoldParams, RestoreParams};
 
 use crate::error::{Error, Result};

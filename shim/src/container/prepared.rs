@@ -8,11 +8,13 @@
 //!                        dropped: fails, nothing has changed; or ends, tasks as they were
 //! ```
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ferry_oci::criu::{CONFIG_ENV, Config, DUMP_GATE, Gate, RESTORE_GATE, Waiting};
+use ferry_oci::criu::{
+    CONFIG_ENV, Config, DUMP_GATE, FastTar, Gate, RESTORE_GATE, TarCounts, Waiting,
+};
 use log::warn;
 use tokio::time::{sleep, timeout};
 
@@ -38,8 +40,38 @@ pub(crate) struct PreparedDump {
     runc: Running,
     line: Line,
     waiting: Option<Waiting>,
+    tar: Option<FastTar>,
     _gate: Gate,
     held: bool,
+}
+
+/// What runc and CRIU are given besides.
+#[derive(Debug, Default)]
+pub(crate) struct Extras {
+    /// Library that hides memory from the dump.
+    pub(crate) preload: Option<PathBuf>,
+    /// Its orders.
+    pub(crate) hide: Option<PathBuf>,
+    /// Program that takes the place of `tar`.
+    pub(crate) tar: Option<PathBuf>,
+}
+
+/// Environment of the library that hides memory: folder of its orders.
+const HIDE_ENV: &str = "FERRY_HIDE";
+
+type Env = Vec<(&'static str, PathBuf)>;
+
+impl Extras {
+    /// Puts the fast tar into the folder that is first in runc's `PATH`.
+    fn fast_tar(&self, relay: &Relay) -> Result<Option<(FastTar, Env)>> {
+        let Some(program) = &self.tar else { return Ok(None) };
+        let tar = FastTar::prepare(relay.folder(), program).context("prepare the fast tar")?;
+        // The path has the folder in front already.
+        let env = tar.env().context("prepare the fast tar")?;
+        let env = env.into_iter().filter(|(name, _)| *name != "PATH");
+        let env = env.map(|(name, value)| (name, value.into())).collect();
+        Ok(Some((tar, env)))
+    }
 }
 
 impl Container {
@@ -47,8 +79,7 @@ impl Container {
     pub(crate) async fn prepare_dump(
         self: &Arc<Self>,
         params: CheckpointParams,
-        preload: Option<&Path>,
-        env: &[(&'static str, PathBuf)],
+        extras: &Extras,
     ) -> Result<PreparedDump> {
         admit(self.snapshot().status, Op::Checkpoint)?;
         for folder in [&params.images, &params.work] {
@@ -64,9 +95,11 @@ impl Container {
             extra: params.extra.clone(),
         };
         let config = config.write(&params.work).context("write CRIU's configuration")?;
-        let mut all = relay.env(preload);
+        let mut all = relay.env(extras.preload.as_deref());
         all.push((CONFIG_ENV, config));
-        all.extend_from_slice(env);
+        all.extend(extras.hide.iter().map(|folder| (HIDE_ENV, folder.clone())));
+        let tar = extras.fast_tar(&relay)?;
+        all.extend(tar.iter().flat_map(|tar| tar.1.clone()));
         let line = relay.start(false);
         let mut runc = self.runtime.begin(&checkpoint::verb(&self.id, &params)?, &all)?;
         let waiting = match until_waiting(&gate, &mut runc).await {
@@ -79,7 +112,8 @@ impl Container {
         };
         self.write_record(&params).await?;
         let (container, waiting) = (self.clone(), Some(waiting));
-        Ok(PreparedDump { container, params, runc, line, waiting, _gate: gate, held: false })
+        let tar = tar.map(|tar| tar.0);
+        Ok(PreparedDump { container, params, runc, line, waiting, tar, _gate: gate, held: false })
     }
 }
 
@@ -125,6 +159,11 @@ impl PreparedDump {
         }
     }
 
+    /// How often the dump has called the fast tar, and the real one.
+    pub(crate) fn tar_counts(&self) -> TarCounts {
+        self.tar.as_ref().and_then(|tar| tar.counts().ok()).unwrap_or_default()
+    }
+
     /// Lets CRIU end, and waits for it and runc. The tasks are as they were before the dump, or
     /// before its gate if there was none.
     pub(crate) async fn finish(mut self) {
@@ -167,7 +206,7 @@ impl Container {
         params: RestoreParams,
         decided: Option<PathBuf>,
         private_network: bool,
-        env: &[(&'static str, PathBuf)],
+        extras: &Extras,
     ) -> Result<PreparedRestore> {
         let _op = self.op.write().await;
         admit(self.snapshot().status, Op::Restore)?;
@@ -175,7 +214,7 @@ impl Container {
         let relay = Relay::listen(&params.images, &params.work)?;
         let gate = Gate::make(&params.images.join(RESTORE_GATE)).context("make the gate")?;
         let mut all = relay.env(None);
-        all.extend_from_slice(env);
+        all.extend(extras.fast_tar(&relay)?.into_iter().flat_map(|tar| tar.1));
         let line = relay.start(private_network);
         let mut attempt = self.begin(&params, None, &all)?;
         match until_waiting(&gate, &mut attempt.runc).await {

@@ -98,6 +98,11 @@ impl Relay {
         Ok(Self { listener, socket, folder: folder.to_owned(), criu, images, work })
     }
 
+    /// The folder that comes first in runc's `PATH`.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// What runc's environment needs.
     pub(crate) fn env(&self, preload: Option<&Path>) -> Vec<(&'static str, PathBuf)> {
         let path = std::env::var_os("PATH").unwrap_or_default();

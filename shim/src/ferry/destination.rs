@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ferry_oci::api::ferry::{Phase, ReleaseResponse, RestoreRequest, RestoreResponse};
+use ferry_oci::criu::FastTar;
+use ferry_oci::fast::{self, Fast};
 use ferry_oci::paths;
 use ferry_oci::record::{Decision, Record};
 use log::warn;
@@ -12,7 +14,7 @@ use log::warn;
 use super::lease::Lease;
 use super::moves::{Move, Side};
 use super::source::micros;
-use crate::container::{Container, Held, HoldParams, PreparedRestore, RestoreParams};
+use crate::container::{Container, Extras, Held, HoldParams, PreparedRestore, RestoreParams};
 use crate::error::{Context as _, Error, Result};
 
 /// How long CRIU may take to restore.
@@ -56,8 +58,11 @@ impl Move {
         std::fs::create_dir_all(paths::RECORDS).context("make the folder of records")?;
         let params = restore_params(&container, request);
         let decided = Some(paths::decided(migration));
+        let fast = fast::parse(&request.fast);
+        let tar = fast.contains(&Fast::Tar).then(FastTar::find).flatten();
+        let extras = Extras { tar, ..Extras::default() };
         self.enter(Phase::PHASE_RESTORING, migration);
-        let waiting = match container.prepare_restore(params, decided, private, &[]).await {
+        let waiting = match container.prepare_restore(params, decided, private, &extras).await {
             Ok(waiting) => waiting,
             Err(error) => {
                 self.enter(Phase::PHASE_FAILED, migration);
@@ -187,7 +192,7 @@ impl Move {
 fn restore_params(container: &Container, request: &RestoreRequest) -> RestoreParams {
     RestoreParams {
         images: paths::images(&request.migration),
-        work: container.bundle().join("ferry-restore"),
+        work: container.bundle().join(paths::RESTORE_WORK),
         extra: Vec::new(),
         lazy_pages: request.lazy_pages,
         deadline: RESTORE,

@@ -1,23 +1,24 @@
 //! A container that leaves: frozen, dumped, and either given back or ended.
 
-use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ferry_oci::api::ferry::{
     DumpResponse, FreezeRequest, FreezeResponse, Phase, PrepareDumpRequest, PrepareDumpResponse,
 };
-use ferry_oci::criu::{DumpOptions, NetworkLock, RECORD_FILE};
+use ferry_oci::criu::{DumpOptions, FastTar, NetworkLock, RECORD_FILE, find_library};
 use ferry_oci::fast::{self, Fast};
 use ferry_oci::freezer::Freezer;
+use ferry_oci::quarantine::{self, Prepared};
 use ferry_oci::record::Record;
-use ferry_oci::{paths, quarantine, sockets};
+use ferry_oci::{announce, paths, sockets};
 use log::warn;
 
 use super::lease::Lease;
 use super::moves::{Move, Side};
-use crate::container::{CheckpointParams, Container, PreparedDump, Reservation};
+use crate::container::{CheckpointParams, Container, Extras, PreparedDump, Reservation};
 use crate::containers::Containers;
 use crate::error::{Context as _, Error, Result};
 use crate::state::Status;
@@ -44,6 +45,10 @@ pub(super) struct AtSource {
     freezer: Freezer,
     frozen: bool,
     locked: bool,
+    /// The lock, where it was prepared.
+    lock: Option<Prepared>,
+    /// What is announced again on a rollback, and where: the clients have been led away.
+    announce: Option<(Ipv4Addr, String)>,
     /// A dump that waits, or is held at its end.
     dump: Option<PreparedDump>,
     /// Written down: the destination shall run it.
@@ -73,6 +78,7 @@ impl AtSource {
             dump.finish().await;
         }
         let _ = std::fs::remove_dir_all(self.work());
+        let _ = std::fs::remove_dir_all(paths::hide(&self.migration));
     }
 }
 
@@ -92,9 +98,22 @@ impl Move {
         container.runtime().version().await;
         let mut source = self.begin(container, &request.migration, lease, request.limit_s)?;
         let fast = fast::parse(&request.fast);
-        let params = dump_params(&source, &fast, NetworkLock::Skip);
+        let locked = addresses(&request.lock_addresses)?;
+        if let Some(ip) = locked.first() {
+            source.announce = Some((*ip, request.device.clone()));
+            let ips: Vec<_> = locked.iter().copied().map(IpAddr::from).collect();
+            // Without it the freeze makes its own, slowly.
+            match Prepared::new(&request.migration, &ips) {
+                Ok(lock) => source.lock = Some(lock),
+                Err(error) => warn!("prepare the connection lock: {error}"),
+            }
+        }
+        // A private network has only loopback, which CRIU locks in there.
+        let lock = if locked.is_empty() { NetworkLock::Nftables } else { NetworkLock::Skip };
+        let params = dump_params(&source, &fast, lock);
         let images = params.images.clone();
-        match source.container.prepare_dump(params, None, &[]).await {
+        let extras = extras(request, &fast)?;
+        match source.container.prepare_dump(params, &extras).await {
             Ok(dump) => source.dump = Some(dump),
             Err(error) => {
                 let _ = std::fs::remove_dir_all(&images);
@@ -137,6 +156,8 @@ impl Move {
             freezer,
             frozen: false,
             locked: false,
+            lock: None,
+            announce: None,
             dump: None,
             committed: false,
             reservation: None,
@@ -232,7 +253,10 @@ impl Move {
             return Err(Error::internal("the dump has thawed the container"));
         }
         self.enter(Phase::PHASE_DUMPED, &source.migration);
+        let tar = source.dump.as_ref().map(PreparedDump::tar_counts).unwrap_or_default();
         Ok(DumpResponse {
+            fast_tar_calls: tar.fast,
+            real_tar_calls: tar.real,
             dump_us: micros(start),
             images_bytes: size_of(&images),
             images_path: images.display().to_string(),
@@ -246,9 +270,11 @@ impl Move {
         // CRIU must have let go of the tasks before they run.
         source.end_dump().await;
         // Unlocked first, or the program would see its packets refused.
-        let unlocked = match source.locked {
-            true => unlock(containers, &source.migration).await,
-            false => Ok(()),
+        let unlocked = match (source.lock.take(), source.locked) {
+            // Its end removes it.
+            (Some(prepared), _) => prepared.unlock().context("unlock the connections"),
+            (None, true) => unlock(containers, &source.migration).await,
+            (None, false) => Ok(()),
         };
         if source.frozen {
             let freezer = source.freezer.clone();
@@ -257,6 +283,11 @@ impl Move {
                 .context("thaw")?
                 .context("thaw")?;
             source.frozen = false;
+            if let Some((ip, device)) = &source.announce
+                && let Err(error) = announce::gratuitous_arp(*ip, device)
+            {
+                warn!("announce {ip} on {device} again: {error}");
+            }
         }
         let images = source.images();
         if let Err(error) = std::fs::remove_dir_all(&images)
@@ -316,6 +347,10 @@ impl Move {
             ended?;
         }
         source.reservation = None;
+        // The rules stay until the address has left: the driver removes them.
+        if let Some(lock) = source.lock.take() {
+            lock.leave();
+        }
         self.enter(Phase::PHASE_RETIRED, &source.migration);
         Ok(())
     }
@@ -336,11 +371,29 @@ async fn freeze_and_lock(
     source.frozen = true;
     let start = Instant::now();
     source.locked = !addresses.is_empty();
-    if source.locked {
-        lock(containers, &source.migration, addresses).await?;
+    match &source.lock {
+        Some(prepared) if source.locked => prepared.lock().context("lock the connections")?,
+        None if source.locked => lock(containers, &source.migration, addresses).await?,
+        _ => {}
     }
     let freeze_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
     Ok(FreezeResponse { lock_us: micros(start), freeze_us, ..Default::default() })
+}
+
+/// What CRIU is given for its dump.
+fn extras(request: &PrepareDumpRequest, fast: &[Fast]) -> Result<Extras> {
+    let tar = fast.contains(&Fast::Tar).then(FastTar::find).flatten();
+    if request.hide_folder.is_empty() {
+        return Ok(Extras { tar, ..Extras::default() });
+    }
+    let folder = paths::hide(&request.migration);
+    if Path::new(&request.hide_folder) != folder {
+        let text = format!("orders are expected in {}", folder.display());
+        return Err(Error::invalid_argument(text));
+    }
+    let library = find_library()
+        .ok_or_else(|| Error::failed_precondition("the library that hides memory is missing"))?;
+    Ok(Extras { preload: Some(library), hide: Some(folder), tar })
 }
 
 fn must_run(container: &Container) -> Result<()> {

@@ -1,0 +1,318 @@
+//! The container's memory at its source: tracked, and sent in rounds while it runs.
+//!
+//! ```text
+//!   attach ─ learn what the store has ─ round* ─ (hold) ─ round ─ FREEZE ─ last round, beside the dump
+//! ```
+//! Tracker and sender work on a thread of their own; what they produce goes through the link like
+//! any stream.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use ferry_oci::cgroups;
+use ferry_oci::cpu_quota::CpuQuota;
+use ferry_oci::criu::{HiddenRange, HiddenTask, Hiding, Orders, StoredSmaps};
+use ferry_oci::pages::areas::VmFlags;
+use ferry_oci::pages::rounds::{Diverging, OnDiverge, Policy, Round, Rounds, Verdict};
+use ferry_oci::pages::stream::{
+    Change, Compression, HashReader, Options, Processes, RoundStats, Sender,
+};
+use ferry_oci::pages::tracker::{Kind, ProcessLayout, Tracker, probe};
+
+use super::report::Happened;
+use crate::transport::link::Link;
+use crate::wire::messages::Request;
+use crate::wire::stream;
+
+/// How long the destination may take to store a round, beyond its transfer.
+const STORE: Duration = Duration::from_secs(120);
+/// CPU time that a throttled container is left with at each step, parts of what it used.
+const THROTTLE: [f64; 4] = [0.8, 0.6, 0.4, 0.2];
+
+/// How the operator wants memory to be copied.
+#[derive(Debug, Clone)]
+pub(crate) struct Wishes {
+    /// Most bytes per second while the container runs.
+    pub(crate) bandwidth: Option<u64>,
+    /// The pause that is aimed at.
+    pub(crate) downtime_target: Duration,
+    /// Most rounds.
+    pub(crate) rounds: u32,
+    /// What to do with a container that changes faster than it is copied.
+    pub(crate) on_diverge: OnDiverge,
+    /// The tracker to use, whatever the probe says.
+    pub(crate) tracker: Option<Kind>,
+}
+
+/// The memory of one container, on its way.
+pub(super) struct Memory {
+    /// Away while a round is made.
+    engine: Option<Engine>,
+    wishes: Wishes,
+    hiding: Option<Hiding>,
+    orders: Orders,
+    quota: Option<CpuQuota>,
+    /// Every round so far.
+    pub(super) made: Vec<RoundStats>,
+}
+
+/// What a round needs; moves to a blocking thread for it.
+struct Engine {
+    tracker: Tracker,
+    sender: Sender,
+    processes: Processes,
+    /// When the last round looked.
+    scanned: Option<Instant>,
+}
+
+impl Memory {
+    /// Begins to track the container of process `init`.
+    ///
+    /// # Errors
+    /// When its writes cannot be tracked.
+    pub(super) fn attach(init: u32, wishes: &Wishes) -> Result<Self> {
+        let kind = wishes.tracker.unwrap_or_else(|| probe().best());
+        let tracker = Tracker::attach(kind, move || cgroups::processes(init))
+            .context("track the container's memory")?;
+        let options = Options {
+            bandwidth: wishes.bandwidth,
+            compression: Compression::Auto,
+            ..Options::default()
+        };
+        let sender = Sender::new(options);
+        Ok(Self {
+            engine: Some(Engine {
+                tracker,
+                sender,
+                processes: Processes::default(),
+                scanned: None,
+            }),
+            wishes: wishes.clone(),
+            hiding: None,
+            orders: Orders::default(),
+            quota: None,
+            made: Vec::new(),
+        })
+    }
+
+    /// Learns which pages the destination has from an earlier attempt; how many.
+    ///
+    /// # Errors
+    /// When the connection breaks or brings something else.
+    pub(super) async fn learn(&mut self, link: &mut Link, patience: Duration) -> Result<u64> {
+        let engine = self.engine.as_mut().context("the tracker is gone")?;
+        let (mut reader, mut count) = (HashReader::new(), 0);
+        link.send(&Request::PageHashes).await?;
+        link.receive(patience, |bytes| {
+            reader.push(bytes, |space, addr, hash| {
+                count += 1;
+                engine.sender.learn(space, addr, hash);
+            })?;
+            Ok(())
+        })
+        .await?;
+        reader.finish()?;
+        link.done(patience).await?;
+        Ok(count)
+    }
+
+    /// Copies while the container runs, until freezing it would cost no more than is aimed at.
+    ///
+    /// # Errors
+    /// When the connection breaks, or it does not converge and is not to be moved then.
+    pub(super) async fn precopy(
+        &mut self,
+        link: &mut Link,
+        init: u32,
+        quota_folder: &Path,
+    ) -> Result<Option<Diverging>> {
+        let policy = Policy {
+            downtime_target: self.wishes.downtime_target,
+            max_rounds: self.wishes.rounds,
+            ..Policy::default()
+        };
+        let mut rounds = Rounds::new(policy);
+        let mut steps = THROTTLE.iter();
+        loop {
+            let round = self.live_round(link).await?;
+            match rounds.after(round) {
+                Verdict::Again => {}
+                Verdict::Stop(_) => return Ok(None),
+                Verdict::Diverges(why) => match self.wishes.on_diverge {
+                    OnDiverge::Stop => return Ok(Some(why)),
+                    OnDiverge::Fail => bail!(
+                        "it changes its memory faster than it can be copied ({why:?}), and \
+                         --on-diverge is fail"
+                    ),
+                    OnDiverge::Throttle => {
+                        let Some(step) = steps.next() else { return Ok(Some(why)) };
+                        self.throttle(init, quota_folder, *step).await?;
+                        rounds.throttled();
+                    }
+                },
+            }
+        }
+    }
+
+    /// One more round: what was written since the last one.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub(super) async fn live_round(&mut self, link: &mut Link) -> Result<Round> {
+        let start = Instant::now();
+        let before = self.engine.as_ref().and_then(|engine| engine.scanned);
+        let stats = self.round(link, false).await?;
+        link.done(STORE).await?;
+        Ok(Round::new(before.map(|before| start - before), start.elapsed(), &stats))
+    }
+
+    /// The last round. The container is frozen; the answer to it is still to come.
+    ///
+    /// # Errors
+    /// When memory cannot be read or the connection breaks.
+    pub(super) async fn last_round(&mut self, link: &mut Link) -> Result<RoundStats> {
+        self.round(link, true).await
+    }
+
+    async fn round(&mut self, link: &mut Link, frozen: bool) -> Result<RoundStats> {
+        let mut engine = self.engine.take().context("the tracker is gone")?;
+        link.send(&Request::Pages).await?;
+        let (mut writer, chunks) = stream::writer();
+        let work = tokio::task::spawn_blocking(move || {
+            let stats = engine.round(frozen, &mut writer);
+            (engine, stats)
+        });
+        let sent = link.stream(chunks).await;
+        let (engine, stats) = work.await?;
+        self.engine = Some(engine);
+        sent?;
+        let stats = stats?;
+        self.made.push(stats);
+        Ok(stats)
+    }
+
+    async fn throttle(&mut self, init: u32, folder: &Path, part: f64) -> Result<()> {
+        let quota = match &mut self.quota {
+            Some(quota) => quota,
+            none => none.insert(CpuQuota::of(init, folder).context("throttle the container")?),
+        };
+        let (start, before) = (Instant::now(), quota.used()?);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let used = quota.used()?.saturating_sub(before).as_secs_f64();
+        quota.limit((used / start.elapsed().as_secs_f64() * part).max(0.01))?;
+        Ok(())
+    }
+
+    /// Gives a throttled container its CPU time back.
+    ///
+    /// # Errors
+    /// When its cgroup refuses.
+    pub(super) fn unthrottle(&mut self) -> Result<()> {
+        match self.quota.take() {
+            Some(mut quota) => quota.restore().context("give the container its CPU time back"),
+            None => Ok(()),
+        }
+    }
+
+    /// Has the dump leave out what the store has. The orders are in `folder`.
+    ///
+    /// # Errors
+    /// When the folder cannot be written.
+    pub(super) fn hide(&mut self, folder: &Path, library: &Path) -> Result<()> {
+        self.hiding = Some(Hiding::prepare(folder, library)?);
+        self.write_orders(true)
+    }
+
+    /// Whether the orders still hold, in the freeze. If not, they wait for the last round.
+    ///
+    /// # Errors
+    /// When the processes cannot be looked into.
+    pub(super) fn areas_unchanged(&self) -> Result<bool> {
+        let engine = self.engine.as_ref().context("the tracker is gone")?;
+        Ok(self.hiding.is_none() || engine.tracker.check_areas()?.unchanged())
+    }
+
+    /// Gives orders from the layout as of the last round; with copies of smaps before the freeze.
+    ///
+    /// # Errors
+    /// When the folder cannot be written.
+    pub(super) fn write_orders(&mut self, with_smaps: bool) -> Result<()> {
+        let Some(hiding) = &self.hiding else { return Ok(()) };
+        let engine = self.engine.as_ref().context("the tracker is gone")?;
+        let mut tasks = Vec::new();
+        for process in engine.tracker.layouts() {
+            let smaps = match with_smaps {
+                true => Some(hiding.store_smaps(process.pid, &process.layout.smaps)?),
+                false => None,
+            };
+            tasks.push(task(&process, smaps));
+        }
+        self.orders = Orders { tasks };
+        Ok(hiding.write(&self.orders)?)
+    }
+
+    /// Adds what really happened to `happened`.
+    pub(super) fn tell(&mut self, happened: &mut Happened) {
+        happened.rounds = std::mem::take(&mut self.made);
+        let report = self.hiding.as_ref().map(Hiding::report).transpose();
+        match report.map(Option::flatten) {
+            Ok(Some(report)) => {
+                happened.scans_hidden = report.scans_hidden;
+                happened.smaps_given = report.smaps_given;
+                happened.smaps_real = report.smaps_real;
+            }
+            Ok(None) => {}
+            Err(error) => log::debug!("what was hidden from the dump: {error}"),
+        }
+    }
+
+    /// Compares the images with what was hidden; a warning, if there is one.
+    ///
+    /// # Errors
+    /// When memory would be lost.
+    pub(super) fn check_images(&self, images: &Path) -> Result<Option<String>> {
+        use ferry_oci::criu::Leak;
+        if self.hiding.is_none() {
+            return Ok(None);
+        }
+        let engine = self.engine.as_ref().context("the tracker is gone")?;
+        for process in engine.tracker.layouts() {
+            let Some(task) = self.orders.tasks.iter().find(|task| task.pid == process.pid) else {
+                bail!("process {} came to the container in the freeze", process.pid);
+            };
+            match ferry_oci::criu::check(images, process.space, &task.ranges) {
+                Ok(_) => {}
+                // Served from the store all the same.
+                Err(leak @ Leak::InImages(..)) => return Ok(Some(leak.to_string())),
+                Err(leak) => return Err(leak).context("check the images"),
+            }
+        }
+        Ok(None)
+    }
+}
+
+impl Engine {
+    fn round(&mut self, frozen: bool, out: &mut (dyn std::io::Write + Send)) -> Result<RoundStats> {
+        let scanned = Instant::now();
+        let round = self.tracker.round(frozen)?;
+        self.scanned = Some(scanned);
+        let changes: Vec<_> = round.processes.iter().map(Change::from).collect();
+        let stats = self.sender.round(frozen, &changes, &self.processes, out)?;
+        for (pid, range) in self.sender.vanished() {
+            self.tracker.again(*pid, std::slice::from_ref(range));
+        }
+        out.flush()?;
+        Ok(stats)
+    }
+}
+
+fn task(process: &ProcessLayout, smaps: Option<StoredSmaps>) -> HiddenTask {
+    let ranges = process.layout.areas.iter().filter(|area| area.hideable());
+    let ranges = ranges.map(|area| HiddenRange {
+        start: area.start,
+        end: area.end,
+        guards: area.flags.any_of(VmFlags::GUARD),
+    });
+    HiddenTask { pid: process.pid, ranges: ranges.collect(), smaps }
+}

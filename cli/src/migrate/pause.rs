@@ -1,0 +1,283 @@
+//! The steps of a migration up to the held restore, and the pause in which most of them must not be.
+//!
+//! What can be done while the container runs is done in [`Migration::prepare`]; [`Migration::pause`]
+//! is what its clients wait for. Between the freeze and the restore every step sends its order and
+//! goes on; the answers are collected at the end.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use ferry_cli::phase::Phase;
+use ferry_oci::fast::Fast;
+use ferry_oci::layer::Pass;
+
+use super::failure::Failure;
+use super::memory::{self, Memory};
+use super::report::Happened;
+use super::source::{Hold, Source};
+use super::{Migration, Mode};
+use crate::containerd::Stdio;
+use crate::transport::link::{Link, unexpected};
+use crate::wire::messages::{ImageSpec, NewContainer, Reply, Request};
+
+/// How often the container is frozen and dumped before a migration is given up.
+const DUMPS: usize = 3;
+/// How long it runs between two tries.
+const BETWEEN_DUMPS: Duration = Duration::from_millis(200);
+/// Short rounds just before the freeze: each lists what the one before it took to send.
+const LAST_ROUNDS: usize = 2;
+
+/// What is known once everything is ready for the freeze.
+pub(super) struct Ready {
+    stdout: String,
+    /// Of the destination.
+    epoch: String,
+    memory: Option<Memory>,
+    happened: Happened,
+    warnings: Vec<String>,
+}
+
+/// What is known when the destination holds the container.
+pub(super) struct Held {
+    pub(super) frozen_at: Instant,
+    pub(super) freeze_us: u64,
+    pub(super) stdout: String,
+    /// Of the destination.
+    pub(super) epoch: String,
+    pub(super) memory: Option<Memory>,
+    pub(super) happened: Happened,
+    /// What did not go right at the first try.
+    pub(super) warnings: Vec<String>,
+}
+
+impl Migration {
+    /// Everything that can be done while the container runs.
+    pub(super) async fn prepare(
+        &mut self,
+        source: &mut Source,
+        link: &mut Link,
+    ) -> Result<Ready, Failure> {
+        let Self { options, id, timeline, bytes, fast, mode, .. } = self;
+        let stdio = stdio_there(source, &options.containerd.namespace, &options.container);
+        let stdout = stdio.stdout.clone();
+        let (mut warnings, mut happened) = (Vec::new(), Happened::default());
+
+        let patience = Phase::Image.deadline();
+        let epoch;
+        (bytes.image, epoch) = timeline
+            .run(Phase::Image, async {
+                let container = options.container.clone();
+                let begin = Request::Begin { migration: id.clone(), container };
+                let epoch = match link.ask(&begin, patience).await? {
+                    Reply::Begun { epoch } => epoch,
+                    other => return Err(unexpected(&other)),
+                };
+                let sent = source.send_blobs(link, patience).await?;
+                let image = ImageSpec {
+                    name: source.image.name.clone(),
+                    target: source.image.target.clone(),
+                    labels: source.image.labels.clone(),
+                    snapshotter: source.record.snapshotter.clone(),
+                    chain: source.content.chain_id().to_owned(),
+                };
+                link.order(&Request::PutImage(image), patience).await?;
+                Ok((sent, epoch))
+            })
+            .await?;
+
+        let new = NewContainer {
+            record: source.record.clone(),
+            chain: source.content.chain_id().to_owned(),
+            snapshot: source.layer.snapshot.kind,
+            stdio,
+        };
+        let patience = Phase::Container.deadline();
+        let order = Request::PutContainer(Box::new(new));
+        timeline.run(Phase::Container, link.order(&order, patience)).await?;
+
+        let patience = Phase::Layer.deadline();
+        bytes.layer =
+            timeline.run(Phase::Layer, source.send_layer(link, Pass::Live, patience)).await?;
+
+        let mut memory;
+        (memory, happened.reused_pages) = match mode {
+            Mode::Stop => (None, 0),
+            Mode::Pre | Mode::Auto => {
+                timeline
+                    .run(Phase::Precopy, async {
+                        let (memory, reused, diverges) =
+                            precopy(source, link, &options.memory).await?;
+                        warnings.extend(diverges);
+                        Ok((Some(memory), reused))
+                    })
+                    .await?
+            }
+        };
+
+        let patience = Phase::Address.deadline();
+        happened.packets_queued = timeline
+            .run(Phase::Address, async {
+                let Some(cidr) = options.ip else { return Ok(false) };
+                match link.ask(&Request::PutAddress(cidr), patience).await? {
+                    Reply::Address { queued } => Ok(queued),
+                    other => Err(unexpected(&other)),
+                }
+            })
+            .await?;
+
+        let hold = Hold { fast, lazy: memory.is_some(), ip: options.ip, device: &self.device };
+        timeline
+            .run(Phase::Hold, async {
+                if let Some(memory) = &mut memory
+                    && fast.contains(&Fast::Hide)
+                    && let Some(library) = ferry_oci::criu::find_library()
+                {
+                    memory.hide(&ferry_oci::paths::hide(id), &library)?;
+                }
+                source.hold(link, &hold, Phase::Hold.deadline()).await
+            })
+            .await?;
+        Ok(Ready { stdout, epoch, memory, happened, warnings })
+    }
+
+    /// From the last look at the running container until the destination holds it.
+    pub(super) async fn pause(
+        &mut self,
+        ready: Ready,
+        source: &mut Source,
+        link: &mut Link,
+    ) -> Result<Held, Failure> {
+        let Self { options, timeline, bytes, fast, .. } = self;
+        let Ready { stdout, epoch, mut memory, mut happened, mut warnings } = ready;
+        let hold = Hold { fast, lazy: memory.is_some(), ip: options.ip, device: &self.device };
+        let mut tries = 1;
+        let (frozen_at, freeze_us, dump) = loop {
+            let freeze_us = timeline
+                .run(Phase::Freeze, async {
+                    if let Some(memory) = &mut memory {
+                        for _ in 0..LAST_ROUNDS {
+                            memory.live_round(link).await?;
+                        }
+                        memory.write_orders(true)?;
+                    }
+                    if options.ip.is_some() {
+                        link.order(&Request::Announce, Phase::Freeze.deadline()).await?;
+                    }
+                    source.freeze(options.ip).await
+                })
+                .await?;
+            let frozen_at = Instant::now() - Duration::from_micros(freeze_us);
+            match timeline.run(Phase::Dump, dump(source, memory.as_mut(), link)).await {
+                Ok(dump) => break (frozen_at, freeze_us, dump),
+                // A task that was ending, or a connection that was opening, may keep CRIU from
+                // dumping at this moment and not at the next.
+                Err(failure) if tries < DUMPS => {
+                    tries += 1;
+                    let again = |error| Failure::new(Phase::Dump, error);
+                    source.thaw().await.map_err(again)?;
+                    warnings.push(format!("tried again after {failure}"));
+                    tokio::time::sleep(BETWEEN_DUMPS).await;
+                    source.hold_dump(&hold).await.map_err(again)?;
+                }
+                Err(failure) => return Err(failure),
+            }
+        };
+
+        let patience = Phase::Transfer.deadline();
+        let mut answers = usize::from(memory.is_some());
+        (bytes.pages, bytes.images, bytes.layer_delta) = timeline
+            .run(Phase::Transfer, async {
+                let delta = source.send_layer_on(link, Pass::Frozen).await?;
+                answers += usize::from(delta > 0);
+                let (pages, rest) = source.send_images(link, &dump.images_path).await?;
+                Ok((pages, rest, delta))
+            })
+            .await?;
+
+        timeline
+            .run(Phase::Restore, async {
+                if let Some(memory) = &memory {
+                    // Beside the restore: nothing is decided yet.
+                    warnings.extend(memory.check_images(dump.images_path.as_ref())?);
+                }
+                for _ in 0..answers {
+                    link.done(patience).await?;
+                }
+                match link.reply(Phase::Restore.deadline()).await? {
+                    Reply::Held { .. } => Ok(()),
+                    other => Err(unexpected(&other)),
+                }
+            })
+            .await?;
+        happened.fast_tar_calls = dump.fast_tar_calls;
+        happened.real_tar_calls = dump.real_tar_calls;
+        Ok(Held { frozen_at, freeze_us, stdout, epoch, memory, happened, warnings })
+    }
+}
+
+/// Copies memory while the container runs. With what an earlier attempt had left, and a warning.
+async fn precopy(
+    source: &Source,
+    link: &mut Link,
+    wishes: &memory::Wishes,
+) -> Result<(Memory, u64, Option<String>)> {
+    let patience = Phase::Precopy.deadline();
+    let init = source.init_pid;
+    let mut memory = Memory::attach(init, wishes)?;
+    let found = match link.ask(&Request::OpenPages, patience).await? {
+        Reply::PageStore { pages } => pages,
+        other => return Err(unexpected(&other)),
+    };
+    let reused = if found > 0 { memory.learn(link, patience).await? } else { 0 };
+    let folder = ferry_oci::paths::quota_folder(init);
+    let diverges = memory.precopy(link, init, &folder).await;
+    if diverges.is_err() {
+        memory.unthrottle().context("after a pre-copy that failed")?;
+    }
+    let warning =
+        diverges?.map(|why| format!("its memory changes faster than it can be copied ({why:?})"));
+    Ok((memory, reused, warning))
+}
+
+/// Dumps, and sends the last of the memory beside it. The answer to that is still to come, unless
+/// the dump fails.
+async fn dump(
+    source: &Source,
+    memory: Option<&mut Memory>,
+    link: &mut Link,
+) -> Result<ferry_oci::api::ferry::DumpResponse> {
+    let Some(memory) = memory else { return source.dump().await };
+    let (dump, sent) = if memory.areas_unchanged()? {
+        tokio::join!(source.dump(), memory.last_round(link))
+    } else {
+        // What is to be hidden has changed, and the tracker must see it first.
+        let sent = memory.last_round(link).await;
+        let orders = if sent.is_ok() { memory.write_orders(false) } else { Ok(()) };
+        match orders {
+            Ok(()) => (source.dump().await, sent),
+            Err(error) => (Err(error), sent),
+        }
+    };
+    if dump.is_err() && sent.is_ok() {
+        link.done(Phase::Transfer.deadline()).await?;
+    }
+    sent?;
+    dump
+}
+
+/// Stdio of the task on the destination: a FIFO's reader stays behind, so a file takes its place.
+fn stdio_there(source: &Source, namespace: &str, id: &str) -> Stdio {
+    let there = |given: &String, name: &str| match given.as_str() {
+        "" => String::new(),
+        uri if uri.starts_with("file://") => uri.to_owned(),
+        _ => format!("file:///var/log/ferry/{namespace}/{id}/{name}.log"),
+    };
+    let [_, stdout, stderr] = &source.stdio;
+    Stdio {
+        // Nobody types there: an empty input never ends and never blocks a writer.
+        stdin: String::new(),
+        stdout: there(stdout, "stdout"),
+        stderr: there(stderr, "stderr"),
+        terminal: false,
+    }
+}
