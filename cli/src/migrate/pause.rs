@@ -154,6 +154,8 @@ impl Migration {
         let (frozen_at, freeze_us, dump) = loop {
             let freeze_us = timeline
                 .run(Phase::Freeze, async {
+                    // Files that have changed since the first time: little is left for the freeze.
+                    source.send_layer(link, Pass::Live, Phase::Layer.deadline()).await?;
                     if let Some(memory) = &mut memory {
                         for _ in 0..LAST_ROUNDS {
                             memory.live_round(link).await?;
@@ -194,7 +196,7 @@ impl Migration {
             })
             .await?;
 
-        timeline
+        happened.shim_restore_us = timeline
             .run(Phase::Restore, async {
                 if let Some(memory) = &memory {
                     // Beside the restore: nothing is decided yet.
@@ -204,11 +206,12 @@ impl Migration {
                     link.done(patience).await?;
                 }
                 match link.reply(Phase::Restore.deadline()).await? {
-                    Reply::Held { .. } => Ok(()),
+                    Reply::Held { restore_us } => Ok(restore_us),
                     other => Err(unexpected(&other)),
                 }
             })
             .await?;
+        happened.shim_dump_us = dump.dump_us;
         happened.fast_tar_calls = dump.fast_tar_calls;
         happened.real_tar_calls = dump.real_tar_calls;
         Ok(Held { frozen_at, freeze_us, stdout, epoch, memory, happened, warnings })

@@ -56,6 +56,10 @@ pub(crate) struct Happened {
     pub(crate) smaps_given: u64,
     /// Those that it read itself.
     pub(crate) smaps_real: u64,
+    /// In the source's shim, from its order to dump until every image was complete. Microseconds.
+    pub(crate) shim_dump_us: u64,
+    /// In the destination's shim, from its order to restore until held. Microseconds.
+    pub(crate) shim_restore_us: u64,
     /// Calls of `tar` in the dump that the fast one answered.
     pub(crate) fast_tar_calls: u64,
     /// Those that the real one had to.

@@ -26,6 +26,8 @@ use crate::wire::stream;
 
 /// What the frozen container may cost at least, before its size counts.
 const FREEZE_MIN: Duration = Duration::from_secs(120);
+/// Images up to this size cross as one piece, bytes.
+const TOGETHER: u64 = 4 << 20;
 /// Slowest link the freeze's limit allows for, bytes per second.
 const SLOWEST: u64 = 4 << 20;
 
@@ -284,22 +286,34 @@ impl Source {
     /// When a file cannot be read or the destination has no room.
     pub(super) async fn send_images(&self, link: &mut Link, images: &str) -> Result<(u64, u64)> {
         let dir = PathBuf::from(images);
-        let mut files = Vec::new();
+        let (mut files, mut all) = (Vec::new(), Vec::new());
+        let (mut pages, mut rest) = (0, 0);
+        // They lie in memory: reading them here is quicker than asking another thread to.
         for entry in std::fs::read_dir(&dir).context("read the images")? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
             // Logs and the like stay here.
             let wanted = name.ends_with(".img") || name.ends_with(".json");
-            if wanted && entry.file_type()?.is_file() {
-                files.push(ImageFile { name, size: entry.metadata()?.len() });
+            if !wanted || !entry.file_type()?.is_file() {
+                continue;
+            }
+            let size = entry.metadata()?.len();
+            *(if name.starts_with("pages-") { &mut pages } else { &mut rest }) += size;
+            if size <= TOGETHER {
+                let bytes = std::fs::read(entry.path()).context("read the images")?;
+                files.push(ImageFile { name, size: bytes.len() as u64 });
+                all.extend(bytes);
+            } else {
+                // Those that are long come last, and are not read into memory as a whole.
+                files.push(ImageFile { name, size });
             }
         }
         ensure!(!files.is_empty(), "the dump left no images");
-        link.send(&Request::Restore(files.clone())).await?;
-        let (mut pages, mut rest) = (0, 0);
-        for file in &files {
+        files.sort_by_key(|file| file.size > TOGETHER);
+        link.send_on(&Request::Restore(files.clone())).await?;
+        link.piece(&all).await?;
+        for file in files.iter().filter(|file| file.size > TOGETHER) {
             link.file(&dir.join(&file.name), file.size).await?;
-            *(if file.name.starts_with("pages-") { &mut pages } else { &mut rest }) += file.size;
         }
         link.end_stream().await?;
         Ok((pages, rest))

@@ -103,6 +103,26 @@ impl Link {
         self.flush().await
     }
 
+    /// [`Self::send`], not flushed: the stream follows at once.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub(crate) async fn send_on(&mut self, request: &Request) -> Result<()> {
+        let bytes = serde_json::to_vec(request).context("encode a request")?;
+        self.frame(Frame::Message(bytes)).await
+    }
+
+    /// Sends bytes as part of a stream that is still open.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub(crate) async fn piece(&mut self, bytes: &[u8]) -> Result<()> {
+        for piece in bytes.chunks(MAX_DATA as usize) {
+            self.frame(Frame::Data(piece.to_vec())).await?;
+        }
+        Ok(())
+    }
+
     /// Sends the chunks of a stream and its end.
     ///
     /// # Errors

@@ -102,7 +102,10 @@ fn mark<'a>(old: &Manifest, new: &'a Manifest) -> (HashSet<&'a Path>, HashSet<&'
             within = None;
         }
         let before = if within.is_some() { None } else { old.get(path) };
-        let racy = before.is_some_and(|b| old.is_racy(b));
+        // Only contents can have changed unseen: everything else is compared.
+        let contents = matches!(entry.kind, Kind::File) && entry.size > 0;
+        let racy = before
+            .is_some_and(|b| old.is_racy(b) && (contents || b.ino == 0 || b.meta != entry.meta));
         let changed = match (&entry.kind, before) {
             (Kind::Whiteout | Kind::Socket, None) => within.is_none(),
             (Kind::Whiteout | Kind::Socket, Some(b)) => !b.is_absence(),
