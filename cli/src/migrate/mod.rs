@@ -28,7 +28,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use ferry_cli::phase::Phase;
 use ferry_oci::fast::Fast;
+use ferry_oci::pages::areas::is_being_filled;
 use ferry_oci::record::Record;
+use ferry_oci::{cgroups, cpu_quota, paths};
 
 use crate::containerd::Containerd;
 use crate::describe::checks::{self, Facts, blockers};
@@ -46,6 +48,9 @@ use plan::Plan;
 use report::{Bytes, Report, downtime};
 use source::Source;
 use timeline::Timeline;
+
+/// How long pages of an earlier migration may still be on their way.
+const FILL: Duration = Duration::from_secs(60);
 
 /// How the memory moves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -147,7 +152,10 @@ async fn run_locked(options: Options) -> Result<()> {
         eprint!("{}", plan.text());
     }
     // From here on something may have changed.
-    let ready = migration.prepare(&mut source, &mut link).await;
+    let ready = match migration.wait_until_filled(&source).await {
+        Ok(()) => migration.prepare(&mut source, &mut link).await,
+        Err(error) => Err(Failure::new(Phase::Plan, error)),
+    };
     let held = match ready {
         Ok(ready) => migration.pause(ready, &mut source, &mut link).await,
         Err(failure) => Err(failure),
@@ -180,6 +188,36 @@ impl Migration {
         };
         let result = self.timeline.run(Phase::Connect, work).await;
         result.map_err(|failure| self.tell(&failure))
+    }
+
+    /// A container that has just come here may still get pages: a dump would take those that are
+    /// missing for zeros.
+    async fn wait_until_filled(&self, source: &Source) -> Result<()> {
+        let init = source.init_pid;
+        // What a driver that was killed has left.
+        cpu_quota::undo(&paths::quota_folder(init))
+            .context("give the container its CPU time back")?;
+        let start = Instant::now();
+        loop {
+            let filling = tokio::task::spawn_blocking(move || {
+                let pids = cgroups::processes(init)?;
+                std::io::Result::Ok(pids.into_iter().find(|&pid| {
+                    // One that has ended needs no memory.
+                    is_being_filled(pid).unwrap_or_default()
+                }))
+            });
+            let filling = filling.await?.context("look into the container's memory")?;
+            let Some(pid) = filling else { return Ok(()) };
+            if start.elapsed() > FILL {
+                bail!(
+                    "memory of process {pid} is still to be filled after {} s: either pages of an \
+                     earlier migration are still on their way (ferry status), or the program has a \
+                     userfaultfd of its own and cannot be moved",
+                    FILL.as_secs()
+                );
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     async fn plan(&mut self, source: &Source, link: &mut Link) -> Result<Plan> {

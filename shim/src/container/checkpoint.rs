@@ -6,6 +6,7 @@ use crate::state::{Op, admit};
 use containerd_shim::protos::events::task::TaskCheckpointed;
 use containerd_shim::protos::shim::oci::CheckpointOptions;
 use ferry_oci::criu::{self, CONFIG_ENV, Config, DumpOptions, DumpRecord, NetworkLock};
+use ferry_oci::pages::areas::is_being_filled;
 use ferry_oci::runc::Checkpoint;
 use log::warn;
 use nix::sched::{CloneFlags, setns};
@@ -77,6 +78,7 @@ impl Container {
     pub(crate) async fn checkpoint(&self, params: CheckpointParams) -> Result<()> {
         let _op = self.op.write().await;
         admit(self.snapshot().status, Op::Checkpoint)?;
+        self.must_be_filled().await?;
         for folder in [&params.images, &params.work] {
             std::fs::create_dir_all(folder)
                 .context(format!("make the folder {}", folder.display()))?;
@@ -86,6 +88,21 @@ impl Container {
         }
         self.write_record(&params).await?;
         self.checkpointed(&params.images);
+        Ok(())
+    }
+
+    /// Refuses a dump while pages are still on their way here: it would take them for zeros.
+    pub(super) async fn must_be_filled(&self) -> Result<()> {
+        for pid in self.pids().await? {
+            // One that has ended needs no memory.
+            if is_being_filled(pid.cast_signed()).unwrap_or_default() {
+                let text = format!(
+                    "memory of process {pid} is still being filled: try again when ferry status no \
+                     longer lists it"
+                );
+                return Err(Error::failed_precondition(text));
+            }
+        }
         Ok(())
     }
 

@@ -82,6 +82,7 @@ impl Container {
         extras: &Extras,
     ) -> Result<PreparedDump> {
         admit(self.snapshot().status, Op::Checkpoint)?;
+        self.must_be_filled().await?;
         for folder in [&params.images, &params.work] {
             std::fs::create_dir_all(folder)
                 .context(format!("make the folder {}", folder.display()))?;

@@ -145,6 +145,25 @@ impl Area {
     }
 }
 
+/// Whether memory of process `pid` is still to be filled by somebody: a page daemon after a restore, or
+/// the process itself by a userfaultfd of its own. A dump would take what is missing for zeros.
+///
+/// # Errors
+/// When the process is gone.
+pub fn is_being_filled(pid: i32) -> io::Result<bool> {
+    let smaps = std::fs::read(format!("/proc/{pid}/smaps"))?;
+    Ok(has_missing(&smaps))
+}
+
+/// Looks for the flag `um`, a userfaultfd for missing pages.
+fn has_missing(smaps: &[u8]) -> bool {
+    let mut lines = smaps.split(|byte| *byte == b'\n');
+    lines.any(|line| {
+        let flags = line.strip_prefix(b"VmFlags:");
+        flags.is_some_and(|flags| flags.split(u8::is_ascii_whitespace).any(|flag| flag == b"um"))
+    })
+}
+
 /// The areas of one process at one moment, and the texts that they were read from.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Layout {

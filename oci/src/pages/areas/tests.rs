@@ -170,3 +170,17 @@ fn areas_of_a_real_process_are_told_apart() {
         assert_eq!(area.is_some_and(Area::hideable), known == "[stack]", "{known}");
     }
 }
+
+#[test]
+fn memory_that_is_still_to_come_is_seen() {
+    assert!(super::has_missing(b"Rss: 4 kB\nVmFlags: rd wr mr um ac \n7f00-7f01 rw-p\n"));
+    // A file may be called anything.
+    assert!(!super::has_missing(b"1000-2000 r--p 00000000 00:00 1 /um um\nVmFlags: rd uw \n"));
+    // Other tests of this process may have a userfaultfd; another process has none.
+    let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+    let pid = i32::try_from(child.id()).unwrap();
+    let filling = super::is_being_filled(pid);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!filling.unwrap());
+}
