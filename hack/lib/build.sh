@@ -15,5 +15,12 @@ program() {
 build_programs() {
     (cd "$workspace" &&
         cargo build --quiet --package ferry-hide --profile "$FERRY_PROFILE" &&
-        cargo build --quiet --workspace --bins --profile "$FERRY_PROFILE" --features "${FERRY_FEATURES:-}")
+        cargo build --quiet --workspace --bins --profile "$FERRY_PROFILE" --features "${FERRY_FEATURES:-}" &&
+        { [ "$FERRY_PROFILE" != release ] || static_tar; })
+}
+
+# The fast tar starts eight times in a pause: half a millisecond less each without shared libraries.
+static_tar() {
+    cargo rustc --quiet --package ferry-tar --bin ferry-tar --profile "$FERRY_PROFILE" -- \
+        -C target-feature=+crt-static
 }
