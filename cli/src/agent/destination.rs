@@ -112,6 +112,7 @@ impl Destination {
             Request::Announce => self.announce_early()?,
             Request::OpenPages => return self.open_pages(),
             Request::Pages => self.put_pages(input).await?,
+            Request::PutImages(files) => self.put_images(input, &files).await?,
             Request::PrepareRestore { files, fast, lazy } => {
                 self.prepare_restore(input, &files, &fast, lazy).await?;
             }

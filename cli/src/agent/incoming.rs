@@ -82,6 +82,7 @@ fn announces_stream(request: &Request) -> bool {
         Request::PutBlob(_)
             | Request::PutLayer
             | Request::Pages
+            | Request::PutImages(_)
             | Request::PrepareRestore { .. }
             | Request::Restore(_)
     )

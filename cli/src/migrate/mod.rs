@@ -14,6 +14,7 @@
 
 mod failure;
 mod fault;
+mod images;
 pub(crate) mod memory;
 mod pause;
 

@@ -8,10 +8,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use ferry_cli::phase::Phase;
+use ferry_oci::api::ferry::DumpResponse;
 use ferry_oci::fast::Fast;
 use ferry_oci::layer::Pass;
+use tokio::sync::watch;
 
 use super::failure::Failure;
+use super::images::Images;
 use super::memory::{self, Memory};
 use super::report::Happened;
 use super::source::{Hold, Source};
@@ -48,6 +51,8 @@ pub(super) struct Held {
     pub(super) happened: Happened,
     /// What did not go right at the first try.
     pub(super) warnings: Vec<String>,
+    /// Not dropped in the pause.
+    pub(super) _images: Images,
 }
 
 impl Migration {
@@ -151,7 +156,8 @@ impl Migration {
         let Ready { stdout, epoch, mut memory, mut happened, mut warnings } = ready;
         let hold = Hold { fast, lazy: memory.is_some(), ip: options.ip, device: &self.device };
         let mut tries = 1;
-        let (frozen_at, freeze_us, dump) = loop {
+        let (frozen_at, freeze_us, (dump, mut images, mut answers)) = loop {
+            let images = Images::new(ferry_oci::paths::images(&self.id));
             let freeze_us = timeline
                 .run(Phase::Freeze, async {
                     // Files that have changed since the first time: little is left for the freeze.
@@ -169,7 +175,7 @@ impl Migration {
                 })
                 .await?;
             let frozen_at = Instant::now() - Duration::from_micros(freeze_us);
-            match timeline.run(Phase::Dump, dump(source, memory.as_mut(), link)).await {
+            match timeline.run(Phase::Dump, dump(source, memory.as_mut(), link, images)).await {
                 Ok(dump) => break (frozen_at, freeze_us, dump),
                 // A task that was ending, or a connection that was opening, may keep CRIU from
                 // dumping at this moment and not at the next.
@@ -186,21 +192,21 @@ impl Migration {
         };
 
         let patience = Phase::Transfer.deadline();
-        let mut answers = usize::from(memory.is_some());
-        (bytes.pages, bytes.images, bytes.layer_delta) = timeline
+        bytes.layer_delta = timeline
             .run(Phase::Transfer, async {
                 let delta = source.send_layer_on(link, Pass::Frozen).await?;
                 answers += usize::from(delta > 0);
-                let (pages, rest) = source.send_images(link, &dump.images_path).await?;
-                Ok((pages, rest, delta))
+                images.send_rest(link).await?;
+                Ok(delta)
             })
             .await?;
+        (bytes.pages, bytes.images) = (images.pages, images.rest);
 
         happened.shim_restore_us = timeline
             .run(Phase::Restore, async {
                 if let Some(memory) = &memory {
                     // Beside the restore: nothing is decided yet.
-                    warnings.extend(memory.check_images(dump.images_path.as_ref())?);
+                    warnings.extend(memory.check_images(images.dir())?);
                 }
                 for _ in 0..answers {
                     link.done(patience).await?;
@@ -214,7 +220,16 @@ impl Migration {
         happened.shim_dump_us = dump.dump_us;
         happened.fast_tar_calls = dump.fast_tar_calls;
         happened.real_tar_calls = dump.real_tar_calls;
-        Ok(Held { frozen_at, freeze_us, stdout, epoch, memory, happened, warnings })
+        Ok(Held {
+            frozen_at,
+            freeze_us,
+            stdout,
+            epoch,
+            memory,
+            happened,
+            warnings,
+            _images: images,
+        })
     }
 }
 
@@ -242,30 +257,44 @@ async fn precopy(
     Ok((memory, reused, warning))
 }
 
-/// Dumps, and sends the last of the memory beside it. The answer to that is still to come, unless
-/// the dump fails.
+/// Dumps, and sends beside it the last of the memory and the images that are complete early. How many
+/// answers to that are still to come; none when the dump fails.
 async fn dump(
     source: &Source,
     memory: Option<&mut Memory>,
     link: &mut Link,
-) -> Result<ferry_oci::api::ferry::DumpResponse> {
-    let Some(memory) = memory else { return source.dump().await };
-    let (dump, sent) = if memory.areas_unchanged()? {
-        tokio::join!(source.dump(), memory.last_round(link))
-    } else {
-        // What is to be hidden has changed, and the tracker must see it first.
-        let sent = memory.last_round(link).await;
-        let orders = if sent.is_ok() { memory.write_orders(false) } else { Ok(()) };
-        match orders {
-            Ok(()) => (source.dump().await, sent),
-            Err(error) => (Err(error), sent),
+    mut images: Images,
+) -> Result<(DumpResponse, Images, usize)> {
+    let (done, mut is_done) = watch::channel(false);
+    let mut answers = usize::from(memory.is_some());
+    let dump = async {
+        let dumped = source.dump().await;
+        let _ = done.send(true);
+        dumped
+    };
+    let (dumped, sent) = match memory {
+        None => tokio::join!(dump, images.send_early(link, &mut is_done)),
+        Some(memory) if memory.areas_unchanged()? => tokio::join!(dump, async {
+            memory.last_round(link).await?;
+            images.send_early(link, &mut is_done).await
+        }),
+        Some(memory) => {
+            // What is to be hidden has changed, and the tracker must see it first.
+            memory.last_round(link).await?;
+            memory.write_orders(false)?;
+            tokio::join!(dump, images.send_early(link, &mut is_done))
         }
     };
-    if dump.is_err() && sent.is_ok() {
-        link.done(Phase::Transfer.deadline()).await?;
+    answers += sent?;
+    match dumped {
+        Ok(dumped) => Ok((dumped, images, answers)),
+        Err(error) => {
+            for _ in 0..answers {
+                link.done(Phase::Transfer.deadline()).await?;
+            }
+            Err(error)
+        }
     }
-    sent?;
-    dump
 }
 
 /// Stdio of the task on the destination: a FIFO's reader stays behind, so a file takes its place.

@@ -8,7 +8,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use ferry_oci::api::ferry::{CommitRequest, DumpResponse, PrepareDumpRequest};
 use ferry_oci::fast::Fast;
 use ferry_oci::layer::{self, Manifest, Pass};
@@ -26,8 +26,6 @@ use crate::wire::stream;
 
 /// What the frozen container may cost at least, before its size counts.
 const FREEZE_MIN: Duration = Duration::from_secs(120);
-/// Images up to this size cross as one piece, bytes.
-const TOGETHER: u64 = 4 << 20;
 /// Slowest link the freeze's limit allows for, bytes per second.
 const SLOWEST: u64 = 4 << 20;
 
@@ -277,46 +275,6 @@ impl Source {
     /// With CRIU's first error.
     pub(super) async fn dump(&self) -> Result<DumpResponse> {
         self.shim.dump(&self.migration, self.freeze_limit()).await
-    }
-
-    /// Sends every file of the dump as one stream, with the order to restore; the answer to that is
-    /// still to come. Bytes of pages, and of everything else.
-    ///
-    /// # Errors
-    /// When a file cannot be read or the destination has no room.
-    pub(super) async fn send_images(&self, link: &mut Link, images: &str) -> Result<(u64, u64)> {
-        let dir = PathBuf::from(images);
-        let (mut files, mut all) = (Vec::new(), Vec::new());
-        let (mut pages, mut rest) = (0, 0);
-        // They lie in memory: reading them here is quicker than asking another thread to.
-        for entry in std::fs::read_dir(&dir).context("read the images")? {
-            let entry = entry?;
-            let name = entry.file_name().to_string_lossy().into_owned();
-            // Logs and the like stay here.
-            let wanted = name.ends_with(".img") || name.ends_with(".json");
-            if !wanted || !entry.file_type()?.is_file() {
-                continue;
-            }
-            let size = entry.metadata()?.len();
-            *(if name.starts_with("pages-") { &mut pages } else { &mut rest }) += size;
-            if size <= TOGETHER {
-                let bytes = std::fs::read(entry.path()).context("read the images")?;
-                files.push(ImageFile { name, size: bytes.len() as u64 });
-                all.extend(bytes);
-            } else {
-                // Those that are long come last, and are not read into memory as a whole.
-                files.push(ImageFile { name, size });
-            }
-        }
-        ensure!(!files.is_empty(), "the dump left no images");
-        files.sort_by_key(|file| file.size > TOGETHER);
-        link.send_on(&Request::Restore(files.clone())).await?;
-        link.piece(&all).await?;
-        for file in files.iter().filter(|file| file.size > TOGETHER) {
-            link.file(&dir.join(&file.name), file.size).await?;
-        }
-        link.end_stream().await?;
-        Ok((pages, rest))
     }
 
     /// **The commit.** When this returns, the shim has written down that the destination shall run

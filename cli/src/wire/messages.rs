@@ -53,6 +53,8 @@ pub(crate) enum Request {
     PageHashes,
     /// One round of memory; it follows as a stream.
     Pages,
+    /// Images that are complete before the others; they follow as one stream, file after file.
+    PutImages(Vec<ImageFile>),
     /// Starts a restore that waits for its images. What is read before the first of them follows as
     /// one stream, file after file.
     PrepareRestore {
@@ -63,7 +65,7 @@ pub(crate) enum Request {
         /// Memory is served from the page store.
         lazy: bool,
     },
-    /// Restores and holds. The images follow as one stream, file after file.
+    /// Restores and holds. The images that are left follow as one stream, file after file.
     Restore(Vec<ImageFile>),
     /// The commit: the container runs here from now on.
     Commit,

@@ -272,7 +272,11 @@ impl Talk {
             }
             "post-restore" => {
                 self.answer = Some(Answer::Awaited);
-                send(&self.runc, &message).await
+                send(&self.runc, &message).await?;
+                // Everything is back. CRIU is let go once runc has answered too.
+                let pid = self.init.unwrap_or_default();
+                self.progress.send_modify(|p| p.held = Some(pid));
+                Ok(())
             }
             script if ANSWERED_HERE.contains(&script) => {
                 let ready = match (script, self.init) {
@@ -294,8 +298,6 @@ impl Talk {
     async fn heard_runc(&mut self, message: Message) -> io::Result<()> {
         if matches!(self.answer, Some(Answer::Awaited)) {
             self.answer = Some(Answer::ForCriu(message));
-            let pid = self.init.unwrap_or_default();
-            self.progress.send_modify(|p| p.held = Some(pid));
             return Ok(());
         }
         let folders = (wrapper::IMAGES_FD, wrapper::WORK_FD);
