@@ -17,25 +17,30 @@ use crate::lab::Lab;
 use crate::{base, cache, sweep};
 
 /// Raised when the recipes below change.
-const RECIPE: &str = "1";
-/// Source of the echo workload; it uses nothing but the standard library.
-const ECHO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/bin/ferry-echo");
+const RECIPE: &str = "3";
+/// Sources of the workloads; each uses nothing but the standard library.
+const SOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/bin");
+/// The workloads that are compiled for the images.
+const WORKLOADS: [&str; 2] = ["ferry-echo", "ferry-memory"];
 
 /// How one image is made.
 struct Recipe {
     name: &'static str,
     /// Programs and folders of the base system; programs come with the libraries they need.
     paths: &'static [&'static str],
+    /// One of [`WORKLOADS`], if it is for one.
+    workload: Option<&'static str>,
     /// Whether a shell and the usual small programs are in it.
     busybox: bool,
     command: &'static [&'static str],
 }
 
 const RECIPES: &[Recipe] = &[
-    Recipe { name: "busybox", paths: &[], busybox: true, command: &["/bin/sh"] },
+    Recipe { name: "busybox", paths: &[], workload: None, busybox: true, command: &["/bin/sh"] },
     Recipe {
         name: "redis",
         paths: &["/usr/bin/redis-server", "/usr/bin/redis-cli"],
+        workload: None,
         busybox: true,
         command: &[
             "redis-server",
@@ -50,14 +55,23 @@ const RECIPES: &[Recipe] = &[
     Recipe {
         name: "python",
         paths: &["/usr/bin/python3", "/usr/lib/python3*"],
+        workload: None,
         busybox: true,
         command: &["python3"],
     },
     Recipe {
         name: "ferry-echo",
         paths: &[],
+        workload: Some("ferry-echo"),
         busybox: false,
         command: &["ferry-echo", "serve", "--port", "7777"],
+    },
+    Recipe {
+        name: "memory",
+        paths: &[],
+        workload: Some("ferry-memory"),
+        busybox: false,
+        command: &["ferry-memory", "check"],
     },
 ];
 
@@ -88,41 +102,43 @@ fn key() -> Result<String> {
 }
 
 fn sources() -> Result<Vec<Vec<u8>>> {
-    let mut files: Vec<_> = fs::read_dir(ECHO)
-        .with_context(|| format!("read {ECHO}"))?
-        .flatten()
-        .map(|entry| entry.path())
-        .collect();
+    let mut files = Vec::new();
+    for workload in WORKLOADS {
+        let folder = Path::new(SOURCES).join(workload);
+        let found = fs::read_dir(&folder).with_context(|| format!("read {}", folder.display()))?;
+        files.extend(found.flatten().map(|entry| entry.path()));
+    }
     files.sort();
-    files.iter().map(|file| fs::read(file).context("read the echo workload")).collect()
+    files.iter().map(|file| fs::read(file).context("read a workload")).collect()
 }
 
 fn build(new: &Path) -> Result<()> {
     let base = base::ensure()?;
-    let echo = new.join("ferry-echo");
-    compile_echo(&echo)?;
+    for workload in WORKLOADS {
+        compile(workload, new)?;
+    }
     let mut archives = Vec::new();
     for recipe in RECIPES {
         let stage = new.join("stage").join(recipe.name);
-        fill(recipe, &base, &echo, &stage)?;
+        fill(recipe, &base, new, &stage)?;
         archives.push(pack(recipe, &stage)?);
     }
     import(&archives, &new.join("containerd"))?;
     fs::remove_dir_all(new.join("stage")).context("remove the stage")
 }
 
-fn compile_echo(target: &Path) -> Result<()> {
+fn compile(workload: &str, folder: &Path) -> Result<()> {
     run(Command::new("rustc")
-        .args(["--edition", "2024", "--crate-name", "ferry_echo", "-O"])
+        .args(["--edition", "2024", "--crate-name", &workload.replace('-', "_"), "-O"])
         .args(["-C", "target-feature=+crt-static", "-C", "strip=symbols", "-o"])
-        .arg(target)
-        .arg(Path::new(ECHO).join("main.rs")))
-    .context("compile the echo workload")?;
+        .arg(folder.join(workload))
+        .arg(Path::new(SOURCES).join(workload).join("main.rs")))
+    .with_context(|| format!("compile {workload}"))?;
     Ok(())
 }
 
 /// Lays out the image's root in `stage`.
-fn fill(recipe: &Recipe, base: &Path, echo: &Path, stage: &Path) -> Result<()> {
+fn fill(recipe: &Recipe, base: &Path, workloads: &Path, stage: &Path) -> Result<()> {
     for dir in ["usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "etc", "root", "var", "run"] {
         fs::create_dir_all(stage.join(dir)).context("lay out an image")?;
     }
@@ -133,8 +149,9 @@ fn fill(recipe: &Recipe, base: &Path, echo: &Path, stage: &Path) -> Result<()> {
     fs::write(stage.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n")?;
     fs::write(stage.join("etc/group"), "root:x:0:\n")?;
 
-    if recipe.name == "ferry-echo" {
-        fs::copy(echo, stage.join("usr/bin/ferry-echo")).context("copy ferry-echo")?;
+    if let Some(workload) = recipe.workload {
+        fs::copy(workloads.join(workload), stage.join("usr/bin").join(workload))
+            .with_context(|| format!("copy {workload}"))?;
     }
     if recipe.busybox {
         fs::copy(base.join("bin/busybox"), stage.join("usr/bin/busybox"))

@@ -35,6 +35,7 @@ pub mod exec;
 pub mod host;
 pub mod images;
 pub mod lab;
+pub mod memory;
 pub mod network;
 pub mod prereq;
 pub mod process;

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use nix::fcntl::FlockArg;
+use nix::sys::signal::{SigSet, Signal};
 
 use crate::cgroup::{self, Cgroup};
 use crate::{cache, process};
@@ -77,6 +78,23 @@ pub fn remove(id: &str) -> Result<()> {
     for parent in [disk.parent(), state.parent()].into_iter().flatten() {
         let _ = fs::remove_dir(parent);
     }
+    Ok(())
+}
+
+/// Ends this process at SIGINT, SIGTERM or SIGHUP, its labs removed. Must run before other threads.
+pub fn remove_at_signal() -> Result<()> {
+    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
+    signals.thread_block().context("block signals")?;
+    std::thread::spawn(move || {
+        let _ = signals.wait();
+        let mine = format!("t{}-", std::process::id());
+        for lab in labs().unwrap_or_default() {
+            if lab.starts_with(&mine) {
+                let _ = remove(&lab);
+            }
+        }
+        std::process::exit(130);
+    });
     Ok(())
 }
 

@@ -195,7 +195,11 @@ impl Memory {
     async fn throttle(&mut self, init: u32, folder: &Path, part: f64) -> Result<()> {
         let quota = match &mut self.quota {
             Some(quota) => quota,
-            none => none.insert(CpuQuota::of(init, folder).context("throttle the container")?),
+            none => {
+                std::fs::create_dir_all(folder)
+                    .with_context(|| format!("create {}", folder.display()))?;
+                none.insert(CpuQuota::of(init, folder).context("throttle the container")?)
+            }
         };
         let (start, before) = (Instant::now(), quota.used()?);
         tokio::time::sleep(Duration::from_millis(100)).await;

@@ -16,7 +16,6 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 use anyhow::{Context, Result, ensure};
 use ferry_tests::scene::{FLOATING, migrate_command, traces, wait_for_traces};
 use ferry_tests::{Host, Job, Output, Scene, sweep};
-use nix::sys::signal::{SigSet, Signal};
 use serde_json::Value;
 
 /// Keys in redis; with values of 60 bytes they are somewhat more than 400 MB of resident memory.
@@ -89,7 +88,7 @@ macro_rules! say {
 }
 
 fn main() -> ExitCode {
-    if let Err(e) = remove_lab_at_signal() {
+    if let Err(e) = sweep::remove_at_signal() {
         eprintln!("ferry-demo: {e:#}");
         return ExitCode::FAILURE;
     }
@@ -398,21 +397,4 @@ fn versions(host: &Host) -> Result<String> {
         criu $(criu --version | awk 'NR == 1 {print $2}'), \
         redis $(redis-server --version | sed 's/.*v=\\([^ ]*\\).*/\\1/')";
     Ok(host.run(script)?.stdout.trim().to_owned())
-}
-
-/// Ends this process at SIGINT, SIGTERM or SIGHUP, its lab removed. Must run before other threads.
-fn remove_lab_at_signal() -> Result<()> {
-    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
-    signals.thread_block().context("block signals")?;
-    std::thread::spawn(move || {
-        let _ = signals.wait();
-        let mine = format!("t{}-", std::process::id());
-        for lab in sweep::labs().unwrap_or_default() {
-            if lab.starts_with(&mine) {
-                let _ = sweep::remove(&lab);
-            }
-        }
-        std::process::exit(130);
-    });
-    Ok(())
 }

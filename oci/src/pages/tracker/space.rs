@@ -17,6 +17,7 @@
 //!   unchanged          ██  ███ ████        ██████████
 //! ```
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -28,7 +29,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use super::probe::lists_missing_tables;
 use super::process::{Facts, Image, reads_directly};
 use super::ranges::Ranges;
-use super::uffd::Uffd;
+use super::uffd::{Uffd, is_mapping};
 use super::{Changes, Kind};
 use crate::pages::PAGE;
 use crate::pages::areas::{Area, Layout, parse_maps, read_maps};
@@ -291,6 +292,7 @@ impl Space {
     fn register(&mut self) -> io::Result<()> {
         let mut text = Vec::new();
         let mut refused: Vec<Range<u64>> = Vec::new();
+        let maps = File::open(format!("/proc/{}/maps", self.pid))?;
         for _ in 0..SETTLE {
             read_maps(self.pid, &mut text)?;
             let areas = parse_maps(&text).map_err(io::Error::other)?;
@@ -303,6 +305,11 @@ impl Space {
                     return Ok(());
                 };
                 if self.covered.covers(&area) || refused.contains(&area) {
+                    continue;
+                }
+                // Changed since it was read: the next look sees it as it is.
+                if !is_mapping(&maps, &area) {
+                    added.push(area.start..area.start);
                     continue;
                 }
                 match uffd.register(&area) {

@@ -1,6 +1,7 @@
 //! A userfaultfd that makes the kernel note writes, without anybody having to answer.
 #![allow(unsafe_code)] // The ioctls of userfaultfd(2) have no safe wrapper.
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -22,10 +23,30 @@ struct Register {
     ioctls: u64,
 }
 
-/// `_IOWR(0xAA, number, size)`.
-const fn ioctl(number: usize, size: usize) -> libc::Ioctl {
-    (3 << 30 | size << 16 | 0xaa << 8 | number) as libc::Ioctl
+/// `struct procmap_query`: one mapping of `/proc/PID/maps`, in binary.
+#[repr(C)]
+#[derive(Default)]
+struct Query {
+    size: u64,
+    flags: u64,
+    addr: u64,
+    start: u64,
+    end: u64,
+    // Flags, page size, offset, inode, device, sizes and addresses of names: not asked for.
+    rest: [u64; 8],
 }
+
+/// `_IOWR(kind, number, size)`.
+const fn iowr(kind: usize, number: usize, size: usize) -> libc::Ioctl {
+    (3 << 30 | size << 16 | kind << 8 | number) as libc::Ioctl
+}
+
+const fn ioctl(number: usize, size: usize) -> libc::Ioctl {
+    iowr(0xaa, number, size)
+}
+
+/// `PROCMAP_QUERY` (6.11).
+const PROCMAP_QUERY: libc::Ioctl = iowr(b'f' as usize, 17, size_of::<Query>());
 
 const UFFDIO_API: libc::Ioctl = ioctl(0x3f, size_of::<Api>());
 const UFFDIO_REGISTER: libc::Ioctl = ioctl(0, size_of::<Register>());
@@ -64,6 +85,40 @@ impl AsFd for Uffd {
     }
 }
 
+/// Whether `range` is one whole mapping of the process whose `/proc/PID/maps` is `maps`, as far as this
+/// kernel can be asked for one alone.
+///
+/// To be asked just before [`Uffd::register`]: registering a part of a mapping splits it, and a
+/// program that moves it at that moment is refused with EFAULT.
+pub(super) fn is_mapping(maps: &File, range: &Range<u64>) -> bool {
+    let mut query =
+        Query { size: size_of::<Query>() as u64, addr: range.start, ..Query::default() };
+    // SAFETY: `query` is the structure that the call reads and writes; it asks for no names.
+    match check(unsafe { libc::ioctl(maps.as_raw_fd(), PROCMAP_QUERY, &raw mut query) }) {
+        Ok(()) => (query.start, query.end) == (range.start, range.end),
+        Err(error) => error.raw_os_error() == Some(libc::ENOTTY),
+    }
+}
+
 fn check(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_of_a_mapping_is_none() {
+        let maps = File::open("/proc/self/maps").unwrap();
+        let text = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let line = text.lines().find(|line| line.ends_with("[stack]")).unwrap();
+        let (start, end) = line.split(' ').next().unwrap().split_once('-').unwrap();
+        let parse = |text| u64::from_str_radix(text, 16).unwrap();
+        let whole = parse(start)..parse(end);
+        assert!(is_mapping(&maps, &whole));
+        if !is_mapping(&maps, &(0..4096)) {
+            assert!(!is_mapping(&maps, &(whole.start..whole.end - 4096)));
+        }
+    }
 }

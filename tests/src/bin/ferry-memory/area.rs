@@ -103,10 +103,12 @@ impl Area {
 
     /// Moves it, with another size.
     pub(crate) fn remap(&mut self, pages: usize) -> io::Result<()> {
-        for page in pages..self.pages() {
+        let before = self.pages();
+        self.memory.remap(pages)?;
+        for page in pages..before {
             self.set_mark(page, Mark::NONE);
         }
-        self.memory.remap(pages)
+        Ok(())
     }
 
     /// Compares every page; how many there were, or the first that is wrong.

@@ -41,7 +41,11 @@ pub(crate) fn run(options: &Options) -> Result<(), String> {
                 Err(wrong) => format!("wrong: {wrong}"),
             },
             "stats" => stats(board, processes, count),
-            _ => "say check or stats".to_owned(),
+            "guards stay" | "guards change" => {
+                board.guards_stay.store(u64::from(question == "guards stay"), Ordering::Relaxed);
+                "ok".to_owned()
+            }
+            _ => "say check, stats, guards stay or guards change".to_owned(),
         }
     };
     let died = || sys::ended(child).is_some();
@@ -119,9 +123,10 @@ fn stats(board: &Board, processes: usize, count: usize) -> String {
         .map(|kind| format!("\"{kind:?}\""))
         .collect();
     format!(
-        "{{\"processes\":{processes},\"writers\":{count},\"writes\":{},\"events\":{},\"missing\":[{}]}}",
+        "{{\"processes\":{processes},\"writers\":{count},\"writes\":{},\"events\":{},\"refused\":{},\"missing\":[{}]}}",
         sum(|place| place.writes.load(Ordering::Relaxed)),
         sum(|place| place.events.load(Ordering::Relaxed)),
+        board.refused.load(Ordering::Relaxed),
         missing.join(","),
     )
 }

@@ -27,6 +27,8 @@ pub(crate) const HUGEPAGE: c_int = 14;
 pub(crate) const GUARD_INSTALL: c_int = 102;
 pub(crate) const GUARD_REMOVE: c_int = 103;
 
+pub(crate) const EFAULT: i32 = 14;
+
 const MREMAP_MAYMOVE: c_int = 1;
 const MREMAP_FIXED: c_int = 2;
 const WNOHANG: c_int = 1;

@@ -44,6 +44,10 @@ pub(crate) struct Board {
     quit: AtomicU64,
     /// Kinds of memory that this kernel or container lacks, as bits.
     pub(crate) missing: AtomicU64,
+    /// Not 0 while nobody may make guards or take them away.
+    pub(crate) guards_stay: AtomicU64,
+    /// How often the kernel refused at first to move memory.
+    pub(crate) refused: AtomicU64,
     places: [Place; MOST],
 }
 

@@ -2,6 +2,8 @@
 
 use std::cell::Cell;
 use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -20,6 +22,8 @@ const SHORT_LIVED: u16 = 0x8000;
 /// What a process that lives for a moment writes, in pages, and how long it lives.
 const SHORT_PAGES: usize = 32;
 const SHORT_LIFE: Duration = Duration::from_millis(100);
+/// How often the kernel may refuse to move memory before that is a failure.
+const REFUSALS: usize = 1000;
 
 thread_local! {
     /// Must stay what it was set to.
@@ -71,7 +75,6 @@ impl Worker {
         match self.try_make(kind, pages) {
             Ok(area) => self.areas.push(area),
             Err(error) => {
-                use std::sync::atomic::Ordering;
                 self.board.missing.fetch_or(1 << kind as u64, Ordering::Relaxed);
                 eprintln!("no {kind:?}: {error}");
             }
@@ -129,7 +132,6 @@ impl Worker {
     }
 
     fn work(&mut self, writes: u64, events: u64) {
-        use std::sync::atomic::Ordering;
         let done = (0..writes)
             .try_for_each(|_| self.write_one())
             .and_then(|()| (0..events).try_for_each(|_| self.event()));
@@ -143,9 +145,15 @@ impl Worker {
         {
             self.child = None;
             if !well {
-                self.fail("a process that lived for a moment saw wrong memory".to_owned());
+                let wrong = std::fs::read_to_string(self.last_words()).unwrap_or_default();
+                self.fail(format!("a process that lived for a moment saw wrong memory: {wrong}"));
             }
         }
+    }
+
+    /// Where a process that lives for a moment says what it found.
+    fn last_words(&self) -> PathBuf {
+        std::env::temp_dir().join(format!("ferry-memory-wrong-{}", self.number))
     }
 
     fn fail(&mut self, text: String) {
@@ -165,26 +173,46 @@ impl Worker {
     }
 
     fn event(&mut self) -> io::Result<()> {
-        match self.random.below(5) {
-            0 => self.free(),
-            1 => self.with(Kind::Changing, |worker, n| {
-                let pages = 1 + worker.random.below(MOST_CHANGING);
-                // The old one goes first: the kernel may take its place for the new one.
-                drop(worker.areas.swap_remove(n));
-                let area = worker.try_make(Kind::Changing, pages)?;
-                worker.areas.push(area);
-                Ok(())
-            }),
-            2 => self.with(Kind::Changing, |worker, n| {
-                let pages = 1 + worker.random.below(MOST_CHANGING);
-                worker.areas[n].remap(pages)
-            }),
-            3 => self.with(Kind::Guarded, |worker, n| {
-                let page = worker.random.below(worker.areas[n].pages());
-                worker.areas[n].toggle_guard(page)
-            }),
-            _ => self.fork(),
+        let (name, done) = match self.random.below(5) {
+            0 => ("free", self.free()),
+            1 => ("replace", self.with(Kind::Changing, Self::replace)),
+            2 => ("move", self.with(Kind::Changing, Self::relocate)),
+            3 if self.board.guards_stay.load(Ordering::Relaxed) != 0 => ("", Ok(())),
+            3 => (
+                "guard",
+                self.with(Kind::Guarded, |worker, n| {
+                    let page = worker.random.below(worker.areas[n].pages());
+                    worker.areas[n].toggle_guard(page)
+                }),
+            ),
+            _ => ("fork", self.fork()),
+        };
+        done.map_err(|error| io::Error::other(format!("{name}: {error}")))
+    }
+
+    fn replace(&mut self, n: usize) -> io::Result<()> {
+        let pages = 1 + self.random.below(MOST_CHANGING);
+        // The old one goes first: the kernel may take its place for the new one.
+        drop(self.areas.swap_remove(n));
+        let area = self.try_make(Kind::Changing, pages)?;
+        self.areas.push(area);
+        Ok(())
+    }
+
+    /// Moves an area. Memory of which the kernel notes the writes in one part and not in another
+    /// cannot be moved, and a tracker that comes to the process makes that so for a moment.
+    fn relocate(&mut self, n: usize) -> io::Result<()> {
+        let pages = 1 + self.random.below(MOST_CHANGING);
+        for _ in 0..REFUSALS {
+            match self.areas[n].remap(pages) {
+                Err(error) if error.raw_os_error() == Some(sys::EFAULT) => {
+                    self.board.refused.fetch_add(1, Ordering::Relaxed);
+                    sleep(TICK);
+                }
+                done => return done,
+            }
         }
+        self.areas[n].remap(pages)
     }
 
     /// Does something with the first area of a kind, if there is one.
@@ -230,7 +258,13 @@ impl Worker {
                 sleep(TICK);
             }
             // What is shared with its parent, that one may be writing.
-            i32::from(self.verify(|area| !area.is_view()).is_err())
+            match self.verify(|area| !area.is_view()) {
+                Ok(_) => 0,
+                Err(wrong) => {
+                    let _ = std::fs::write(self.last_words(), wrong);
+                    1
+                }
+            }
         })?;
         self.child = Some(child);
         Ok(())
