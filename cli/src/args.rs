@@ -62,10 +62,11 @@ enum Command {
         #[arg(long, value_enum, default_value_t = Mode::Auto)]
         mode: Mode,
         /// The pause to aim at, milliseconds
-        #[arg(long, value_name = "MS", default_value_t = 30)]
+        #[arg(long, value_name = "MS", default_value_t = 30,
+            value_parser = clap::value_parser!(u64).range(1..))]
         downtime_target: u64,
         /// Most rounds of pre-copy
-        #[arg(long, default_value_t = 30)]
+        #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
         rounds: u32,
         /// Most bytes per second while the container runs, as 100M or 1G
         #[arg(long, value_name = "BYTES", value_parser = size)]
@@ -73,7 +74,7 @@ enum Command {
         /// What to do when memory changes faster than it can be copied: stop, throttle or fail
         #[arg(long, default_value = "stop")]
         on_diverge: OnDiverge,
-        /// How writes are noted: write-protect, soft-dirty or none; found out if not given
+        /// How writes are noted: write-protect or none; found out if not given
         #[arg(long, value_parser = tracker)]
         tracker: Option<Kind>,
         /// A fast path not to take, to find a fault; may be given several times
@@ -247,9 +248,13 @@ fn size(text: &str) -> Result<u64, String> {
 fn tracker(name: &str) -> Result<Kind, String> {
     match name {
         "write-protect" => Ok(Kind::WriteProtect),
-        "soft-dirty" => Ok(Kind::SoftDirty),
         "none" => Ok(Kind::None),
-        _ => Err("it is write-protect, soft-dirty or none".to_owned()),
+        // The bits are read and cleared in two steps, and what is written in between is lost: the
+        // container would have to stand still for each round.
+        "soft-dirty" => Err("soft-dirty bits need a container that stands still in every round: \
+             use --mode stop"
+            .to_owned()),
+        _ => Err("it is write-protect or none".to_owned()),
     }
 }
 

@@ -113,24 +113,13 @@ impl Shim {
         text(self.client.prepare_dump(within(SLOW), &request).await)
     }
 
-    /// Freezes the container for at most `limit` without a commit, and locks the connections on
-    /// `addresses`.
+    /// Freezes the container for at most `limit_s` without a commit, and locks the connections on
+    /// `lock_addresses`.
     ///
     /// # Errors
     /// When it cannot be frozen; it runs then, unlocked.
-    pub(crate) async fn freeze(
-        &self,
-        migration: &str,
-        addresses: Vec<String>,
-        limit: Duration,
-    ) -> Result<FreezeResponse> {
-        let request = FreezeRequest {
-            id: self.id.clone(),
-            migration: migration.to_owned(),
-            lock_addresses: addresses,
-            limit_s: u32::try_from(limit.as_secs()).unwrap_or(u32::MAX),
-            ..Default::default()
-        };
+    pub(crate) async fn freeze(&self, request: FreezeRequest) -> Result<FreezeResponse> {
+        let request = FreezeRequest { id: self.id.clone(), ..request };
         text(self.client.freeze(within(QUICK), &request).await)
     }
 

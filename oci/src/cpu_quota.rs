@@ -87,7 +87,7 @@ pub struct CpuQuota {
 
 impl CpuQuota {
     /// The container of process `pid`. What is needed to undo a limit will lie in `folder`, which
-    /// is there, and is the container's own.
+    /// is the container's own, and is made and removed here.
     ///
     /// # Errors
     /// When the process is gone or in no cgroup with a cpu controller.
@@ -123,6 +123,8 @@ impl CpuQuota {
         // The earlier ones too: a crash may come before the new one is set.
         self.set.push(set);
         let record = Record { cgroup: self.cgroup.clone(), before, set: self.set.clone() };
+        let made = fs::create_dir_all(&self.folder);
+        made.map_err(|source| QuotaError::Io { path: self.folder.clone(), source })?;
         record.write(&self.folder)?;
         self.before = Some(before);
         self.cgroup.write(set)
@@ -172,6 +174,8 @@ pub fn undo(folder: &Path) -> Result<bool> {
         Err(error) => return Err(error),
     }
     fs::remove_file(&path).map_err(|source| QuotaError::Io { path, source })?;
+    // Nothing else is in it.
+    let _ = fs::remove_dir(folder);
     Ok(true)
 }
 

@@ -15,6 +15,14 @@ pub enum Fast {
     /// runc and CRIU are started for the restore before the freeze and wait for the images; nothing
     /// waits for runc's return.
     HeldRestore,
+    /// The freezer is written directly.
+    Freezer,
+    /// Connections are locked by rules that are prepared before the freeze, and not by CRIU.
+    Lock,
+    /// Packets for the address wait at the destination and are let through when the sockets are back.
+    Queue,
+    /// Images of memory cross while the dump still runs.
+    Images,
     /// Cgroups are left to runc.
     Cgroups,
     /// Memory is hidden from CRIU's dump.
@@ -25,14 +33,27 @@ pub enum Fast {
 
 impl Fast {
     /// All of them.
-    pub const ALL: [Self; 5] =
-        [Self::HeldDump, Self::HeldRestore, Self::Cgroups, Self::Hide, Self::Tar];
+    pub const ALL: [Self; 9] = [
+        Self::HeldDump,
+        Self::HeldRestore,
+        Self::Freezer,
+        Self::Lock,
+        Self::Queue,
+        Self::Images,
+        Self::Cgroups,
+        Self::Hide,
+        Self::Tar,
+    ];
 
     /// Name, as given to `--no-fast`.
     pub fn name(self) -> &'static str {
         match self {
             Self::HeldDump => "held-dump",
             Self::HeldRestore => "held-restore",
+            Self::Freezer => "freezer",
+            Self::Lock => "lock",
+            Self::Queue => "queue",
+            Self::Images => "images",
             Self::Cgroups => "cgroups",
             Self::Hide => "hide",
             Self::Tar => "tar",
@@ -42,17 +63,6 @@ impl Fast {
     /// The fast path of that name.
     pub fn of(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|fast| fast.name() == name)
-    }
-
-    /// What it does, in a few words.
-    pub fn what(self) -> &'static str {
-        match self {
-            Self::HeldDump => "dump started before the freeze",
-            Self::HeldRestore => "restore started before the freeze",
-            Self::Cgroups => "cgroups left to runc",
-            Self::Hide => "memory hidden from the dump",
-            Self::Tar => "fast tar",
-        }
     }
 }
 

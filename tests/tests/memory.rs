@@ -138,10 +138,11 @@ fn no_fast_path_falls_back_silently() -> Result<()> {
         ("smaps_real", false),
         ("fast_tar_calls", true),
         ("real_tar_calls", false),
+        ("early_images", true),
     ] {
         ensure!((number(&happened[what]) > 0) == expected, "{what}: {report}");
     }
-    ensure!(happened["packets_queued"] == true, "{report}");
+    ensure!(happened["packets_queued"] == true && happened["criu_lock"] == false, "{report}");
     let pages = number(&report["bytes"]["pages"]);
     ensure!(pages < 3 << 20 && pages < number(&report["resident"]), "{report}");
 
@@ -149,6 +150,13 @@ fn no_fast_path_falls_back_silently() -> Result<()> {
     let plain = move_to(&scene, "redis", "a", "--no-fast hide")?;
     ensure!(plain["happened"]["scans_hidden"] == 0, "{plain}");
     ensure!(number(&plain["bytes"]["pages"]) > pages, "{plain}");
+
+    wait_for_fill(scene.host("a"))?;
+    let slow = "--no-fast lock --no-fast queue --no-fast images --no-fast freezer";
+    let slow = move_to(&scene, "redis", "b", slow)?;
+    let happened = &slow["happened"];
+    ensure!(happened["packets_queued"] == false && happened["criu_lock"] == true, "{slow}");
+    ensure!(happened["early_images"] == 0, "{slow}");
     finish_client(client)?;
     Ok(())
 }

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use ferry_oci::announce::Announcement;
+use ferry_oci::criu::RESTORE_GATE;
 use ferry_oci::fast::Fast;
 use ferry_oci::quarantine::How;
 use ferry_oci::{layer, paths};
@@ -32,8 +33,6 @@ use crate::wire::messages::{
 };
 use crate::wire::stream;
 
-/// The image that a restore opens first.
-const INVENTORY: &str = "inventory.img";
 /// Restoring a large container from memory takes seconds, not minutes.
 const RESTORE: Duration = Duration::from_secs(120);
 
@@ -108,7 +107,7 @@ impl Destination {
             Request::PutImage(image) => self.put_image(image).await?,
             Request::PutContainer(new) => self.put_container(*new).await?,
             Request::PutLayer => self.put_layer(input).await?,
-            Request::PutAddress(cidr) => return self.put_address(cidr).await,
+            Request::PutAddress { cidr, queue } => return self.put_address(cidr, queue).await,
             Request::Announce => self.announce_early()?,
             Request::OpenPages => return self.open_pages(),
             Request::Pages => self.put_pages(input).await?,
@@ -184,13 +183,14 @@ impl Destination {
         forwarded
     }
 
-    async fn put_address(&mut self, cidr: Cidr) -> Result<Reply> {
+    async fn put_address(&mut self, cidr: Cidr, queue: bool) -> Result<Reply> {
         let device = address::device_for(&cidr)?
             .with_context(|| format!("no interface here is in the network of {cidr}"))?;
         // Silent first: the kernel must not answer for it before the sockets are there.
         let migration = self.migration.clone();
         let ip = cidr.ip.into();
-        let held = tokio::task::spawn_blocking(move || Held::start(&migration, &[ip])).await??;
+        let start = move || Held::start(&migration, &[ip], queue);
+        let held = tokio::task::spawn_blocking(start).await??;
         address::add(cidr, &device).await?;
         let announcement =
             Announcement::prepare(cidr.ip, &device).context("prepare to announce")?;
@@ -257,7 +257,7 @@ impl Destination {
         for file in files {
             ensure!(is_plain_name(&file.name), "{:?} is no name of an image", file.name);
             // The restore waits where its first image would be.
-            let held = self.waiting && file.name == INVENTORY;
+            let held = self.waiting && file.name == RESTORE_GATE;
             let path = dir.join(if held { paths::INVENTORY_FILE } else { &file.name });
             let mut opened = fs::OpenOptions::new()
                 .write(true)

@@ -20,6 +20,10 @@ pub(crate) struct Facts<'a> {
     pub(crate) source: &'a HostFacts,
     pub(crate) destination: &'a HostFacts,
     pub(crate) container: &'a ContainerFacts,
+    /// Memory is copied before the freeze.
+    pub(crate) copies_memory: bool,
+    /// An address moves.
+    pub(crate) moves_address: bool,
     /// What the operator does not want.
     pub(crate) refused: &'a [Fast],
 }
@@ -38,15 +42,21 @@ fn why_not(fast: Fast, facts: &Facts<'_>) -> Option<String> {
     if facts.refused.contains(&fast) {
         return Some("turned off by --no-fast".to_owned());
     }
-    // All others are given to a dump that is started early, or need what runc has written for it.
-    if fast != Fast::HeldDump && facts.refused.contains(&Fast::HeldDump) {
+    // They are given to a dump that is started early, or need what runc has written for it.
+    let held = matches!(fast, Fast::HeldRestore | Fast::Cgroups | Fast::Hide | Fast::Tar);
+    if held && facts.refused.contains(&Fast::HeldDump) {
         return Some(format!("needs {}", Fast::HeldDump.name()));
     }
     let missing =
         |what: &str| Some(format!("{what} is not installed on {}", facts.source.hostname));
     match fast {
-        Fast::HeldDump | Fast::HeldRestore => None,
+        Fast::HeldDump | Fast::HeldRestore | Fast::Freezer | Fast::Images => None,
+        Fast::Lock | Fast::Queue => (!facts.moves_address)
+            .then(|| "no address moves: CRIU locks the connections".to_owned()),
         Fast::Cgroups => cgroups(facts),
+        Fast::Hide if !facts.copies_memory => {
+            Some("memory crosses in the pause, by the dump".to_owned())
+        }
         Fast::Hide if !facts.source.hide_library => missing("libferry_hide.so"),
         // Of the destination's it is enough to know that the real one is there.
         Fast::Tar if !facts.source.fast_tar => missing("ferry-tar"),
@@ -76,7 +86,14 @@ mod tests {
         let source = host("a");
         let mut destination = host("b");
         destination.runc = Some(runc.to_owned());
-        let facts = Facts { source: &source, destination: &destination, container, refused };
+        let facts = Facts {
+            source: &source,
+            destination: &destination,
+            container,
+            copies_memory: true,
+            moves_address: true,
+            refused,
+        };
         choose(&facts).into_iter().filter_map(|choice| Some((choice.name, choice.off?))).collect()
     }
 
@@ -84,8 +101,19 @@ mod tests {
     fn all_are_taken_where_nothing_is_in_the_way() {
         assert_eq!(off(&container(), "1.3.6+ds1", &[]), []);
         let (a, b, container) = (host("a"), host("b"), container());
-        let facts = Facts { source: &a, destination: &b, container: &container, refused: &[] };
+        let facts = Facts {
+            source: &a,
+            destination: &b,
+            container: &container,
+            copies_memory: true,
+            moves_address: true,
+            refused: &[],
+        };
         assert_eq!(taken(&choose(&facts)), Fast::ALL);
+        let without = Facts { copies_memory: false, moves_address: false, ..facts };
+        let off = choose(&without).into_iter().filter(|choice| choice.off.is_some());
+        let off: Vec<_> = off.map(|choice| choice.name).collect();
+        assert_eq!(off, [Fast::Lock, Fast::Queue, Fast::Hide]);
     }
 
     #[test]
@@ -96,7 +124,10 @@ mod tests {
         };
         assert_eq!(names(&[Fast::Cgroups]), [Fast::Cgroups]);
         assert_eq!(names(&[Fast::HeldRestore]), [Fast::HeldRestore]);
-        assert_eq!(names(&[Fast::HeldDump]), Fast::ALL);
+        assert_eq!(
+            names(&[Fast::HeldDump]),
+            [Fast::HeldDump, Fast::HeldRestore, Fast::Cgroups, Fast::Hide, Fast::Tar]
+        );
     }
 
     #[test]

@@ -31,6 +31,8 @@ pub(super) struct Images {
     pub(super) pages: u64,
     /// Bytes of all others.
     pub(super) rest: u64,
+    /// How many went while the dump still ran.
+    pub(super) early: usize,
 }
 
 /// An inotify descriptor that tokio can wait for.
@@ -49,11 +51,13 @@ impl AsFd for Watch {
 }
 
 impl Images {
-    /// Images that will come to lie in `dir`.
-    pub(super) fn new(dir: PathBuf) -> Self {
+    /// Images that will come to lie in `dir`; if `early`, those of memory go as soon as they do.
+    pub(super) fn new(dir: PathBuf, early: bool) -> Self {
+        let watched = early.then(|| watch(&dir)).transpose();
         // An image that cannot be watched for goes with the others.
-        let watch = watch(&dir).inspect_err(|error| log::debug!("watch the images: {error}")).ok();
-        Self { dir, watch, sent: BTreeSet::new(), pages: 0, rest: 0 }
+        let watch = watched.inspect_err(|error| log::debug!("watch the images: {error}"));
+        let watch = watch.ok().flatten();
+        Self { dir, watch, sent: BTreeSet::new(), pages: 0, rest: 0, early: 0 }
     }
 
     /// Sends images of memory as soon as they are complete, until `done`. How many answers are to
@@ -81,6 +85,7 @@ impl Images {
                 link.file(&self.dir.join(&name), file.size).await?;
                 link.end_stream().await?;
                 answers += 1;
+                self.early += 1;
             }
         }
     }

@@ -30,6 +30,7 @@ use anyhow::{Context, Result, bail};
 use ferry_cli::phase::Phase;
 use ferry_oci::fast::Fast;
 use ferry_oci::pages::areas::is_being_filled;
+use ferry_oci::pages::tracker::{self, Kind, Probe};
 use ferry_oci::record::Record;
 use ferry_oci::{cgroups, cpu_quota, paths};
 
@@ -75,6 +76,32 @@ impl Mode {
     }
 }
 
+/// How the memory really moves on a host that offers `probe`, and why that is not what was asked
+/// for. `tracker` is the one to use whatever the probe says.
+fn choose_mode(
+    asked: Mode,
+    tracker: Option<Kind>,
+    probe: &Probe,
+) -> Result<(Mode, Option<String>)> {
+    let cannot = match tracker {
+        _ if asked == Mode::Stop => return Ok((Mode::Stop, None)),
+        None | Some(Kind::WriteProtect) => &probe.write_protect_why,
+        Some(Kind::None | Kind::SoftDirty) => return Ok((asked, None)),
+    };
+    if cannot.is_empty() {
+        return Ok((asked, None));
+    }
+    let why = format!("its writes cannot be tracked here ({cannot})");
+    match asked {
+        Mode::Pre => bail!("{why}: use --mode stop"),
+        _ if tracker.is_some() => bail!("{why}: leave --tracker out"),
+        _ => Ok((
+            Mode::Stop,
+            Some(format!("{why}: its memory crosses in the pause, at some 3 ms for each MB")),
+        )),
+    }
+}
+
 /// What the operator asked for.
 #[derive(Debug, Clone)]
 pub(crate) struct Options {
@@ -112,6 +139,8 @@ struct Migration {
     choices: Vec<fast::Choice>,
     /// How the memory moves.
     mode: Mode,
+    /// Why that is not what was asked for.
+    mode_why: Option<String>,
     timeline: Timeline,
     bytes: Bytes,
     started: Instant,
@@ -133,12 +162,15 @@ async fn run_locked(options: Options) -> Result<()> {
     if let Some(record) = earlier(&options)? {
         return settle::resume(&options, &record).await;
     }
+    let (mode, mode_why) = choose_mode(options.mode, options.memory.tracker, &tracker::probe())
+        .with_context(|| format!("{} runs here as before", options.container))?;
     let mut migration = Migration {
         id: new_id(),
         device: String::new(),
         fast: Vec::new(),
         choices: Vec::new(),
-        mode: options.mode,
+        mode,
+        mode_why,
         timeline: Timeline::new(options.json),
         bytes: Bytes::default(),
         started: Instant::now(),
@@ -217,7 +249,8 @@ impl Migration {
                     FILL.as_secs()
                 );
             }
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            // Each look reads the smaps of every process.
+            tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }
 
@@ -261,12 +294,15 @@ impl Migration {
                 source: &here,
                 destination: &there,
                 container: &source.facts,
+                copies_memory: self.mode != Mode::Stop,
+                moves_address: options.ip.is_some(),
                 refused: &options.no_fast,
             });
             let plan = Plan {
                 container: options.container.clone(),
                 migration: self.id.clone(),
                 mode: self.mode.name(),
+                mode_why: self.mode_why.clone(),
                 ip: options.ip.map(|c| c.to_string()),
                 source: here,
                 destination: there,
@@ -479,4 +515,27 @@ fn micros(since: Instant) -> u64 {
 /// A client of this host's containerd, for commands that need no container.
 pub(crate) async fn containerd(address: &ContainerdAddress) -> Result<Containerd> {
     Ok(Containerd::connect(&address.socket, &address.namespace).await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Kind, Mode, Probe, choose_mode};
+
+    #[test]
+    fn memory_that_cannot_be_tracked_crosses_in_the_pause() {
+        let can = Probe { write_protect: true, ..Probe::default() };
+        let why = "kernel 5.10".to_owned();
+        let cannot = Probe { soft_dirty: true, write_protect_why: why, ..Probe::default() };
+        for asked in [Mode::Stop, Mode::Pre, Mode::Auto] {
+            assert_eq!(choose_mode(asked, None, &can).unwrap(), (asked, None));
+        }
+        let (mode, why) = choose_mode(Mode::Auto, None, &cannot).unwrap();
+        assert_eq!(mode, Mode::Stop);
+        assert!(why.unwrap().contains("kernel 5.10"));
+        let refused = choose_mode(Mode::Pre, None, &cannot).unwrap_err().to_string();
+        assert!(refused.contains("--mode stop"), "{refused}");
+        assert!(choose_mode(Mode::Auto, Some(Kind::WriteProtect), &cannot).is_err());
+        // All of it is sent again in the pause, which needs no tracker.
+        assert_eq!(choose_mode(Mode::Pre, Some(Kind::None), &cannot).unwrap().0, Mode::Pre);
+    }
 }

@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use ferry_cli::phase::Phase;
 use ferry_oci::api::ferry::DumpResponse;
 use ferry_oci::fast::Fast;
@@ -123,8 +123,16 @@ impl Migration {
         happened.packets_queued = timeline
             .run(Phase::Address, async {
                 let Some(cidr) = options.ip else { return Ok(false) };
-                match link.ask(&Request::PutAddress(cidr), patience).await? {
-                    Reply::Address { queued } => Ok(queued),
+                let order = Request::PutAddress { cidr, queue: fast.contains(&Fast::Queue) };
+                match link.ask(&order, patience).await? {
+                    Reply::Address { queued } => {
+                        if !queued && fast.contains(&Fast::Queue) {
+                            let text = "packets for the address were dropped and not held: the \
+                                        destination's kernel has no queues for them";
+                            warnings.push(text.to_owned());
+                        }
+                        Ok(queued)
+                    }
                     other => Err(unexpected(&other)),
                 }
             })
@@ -133,13 +141,15 @@ impl Migration {
         let hold = Hold { fast, lazy: memory.is_some(), ip: options.ip, device: &self.device };
         timeline
             .run(Phase::Hold, async {
+                source.hold(link, &hold, Phase::Hold.deadline()).await?;
+                // The shim has made the folder, and removes it whatever becomes of this process.
                 if let Some(memory) = &mut memory
                     && fast.contains(&Fast::Hide)
                     && let Some(library) = ferry_oci::criu::find_library()
                 {
                     memory.hide(&ferry_oci::paths::hide(id), &library)?;
                 }
-                source.hold(link, &hold, Phase::Hold.deadline()).await
+                Ok(())
             })
             .await?;
         Ok(Ready { stdout, epoch, memory, happened, warnings })
@@ -157,12 +167,14 @@ impl Migration {
         let hold = Hold { fast, lazy: memory.is_some(), ip: options.ip, device: &self.device };
         let mut tries = 1;
         let (frozen_at, freeze_us, (dump, mut images, mut answers)) = loop {
-            let images = Images::new(ferry_oci::paths::images(&self.id));
+            let early = fast.contains(&Fast::Images);
+            let images = Images::new(ferry_oci::paths::images(&self.id), early);
             let freeze_us = timeline
                 .run(Phase::Freeze, async {
                     // Files that have changed since the first time: little is left for the freeze.
                     source.send_layer(link, Pass::Live, Phase::Layer.deadline()).await?;
                     if let Some(memory) = &mut memory {
+                        memory.read_areas()?;
                         for _ in 0..LAST_ROUNDS {
                             memory.live_round(link).await?;
                         }
@@ -171,7 +183,7 @@ impl Migration {
                     if options.ip.is_some() {
                         link.order(&Request::Announce, Phase::Freeze.deadline()).await?;
                     }
-                    source.freeze(options.ip).await
+                    source.freeze(&hold).await
                 })
                 .await?;
             let frozen_at = Instant::now() - Duration::from_micros(freeze_us);
@@ -220,6 +232,8 @@ impl Migration {
         happened.shim_dump_us = dump.dump_us;
         happened.fast_tar_calls = dump.fast_tar_calls;
         happened.real_tar_calls = dump.real_tar_calls;
+        happened.criu_lock = dump.criu_lock;
+        happened.early_images = images.early;
         Ok(Held {
             frozen_at,
             freeze_us,
@@ -248,12 +262,9 @@ async fn precopy(
     };
     let reused = if found > 0 { memory.learn(link, patience).await? } else { 0 };
     let folder = ferry_oci::paths::quota_folder(init);
-    let diverges = memory.precopy(link, init, &folder).await;
-    if diverges.is_err() {
-        memory.unthrottle().context("after a pre-copy that failed")?;
-    }
+    let diverges = memory.precopy(link, init, &folder).await?;
     let warning =
-        diverges?.map(|why| format!("its memory changes faster than it can be copied ({why:?})"));
+        diverges.map(|why| format!("its memory changes faster than it can be copied ({why:?})"));
     Ok((memory, reused, warning))
 }
 
@@ -261,10 +272,14 @@ async fn precopy(
 /// answers to that are still to come; none when the dump fails.
 async fn dump(
     source: &Source,
-    memory: Option<&mut Memory>,
+    mut memory: Option<&mut Memory>,
     link: &mut Link,
     mut images: Images,
 ) -> Result<(DumpResponse, Images, usize)> {
+    if let Some(memory) = &mut memory {
+        // CRIU's parasite runs on the container's CPU time.
+        memory.unthrottle();
+    }
     let (done, mut is_done) = watch::channel(false);
     let mut answers = usize::from(memory.is_some());
     let dump = async {

@@ -16,6 +16,9 @@ pub(crate) struct Plan {
     pub(crate) migration: String,
     /// How the memory will be moved.
     pub(crate) mode: &'static str,
+    /// Why that is not what was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) mode_why: Option<String>,
     /// The address that moves, or none.
     pub(crate) ip: Option<String>,
     /// The source.
@@ -54,6 +57,9 @@ impl Plan {
         );
         let address = self.ip.as_deref().unwrap_or("none");
         text += &format!("  mode {}, address {address}\n", self.mode);
+        if let Some(why) = &self.mode_why {
+            text += &format!("    {why}\n");
+        }
         let on = taken(&self.fast).iter().map(|fast| fast.name()).collect::<Vec<_>>().join(", ");
         text += &format!("  fast paths: {}\n", if on.is_empty() { "none" } else { &on });
         for choice in &self.fast {

@@ -64,6 +64,10 @@ pub(crate) struct Happened {
     pub(crate) fast_tar_calls: u64,
     /// Those that the real one had to.
     pub(crate) real_tar_calls: u64,
+    /// Whether CRIU was told to lock the connections, besides the lock on the address.
+    pub(crate) criu_lock: bool,
+    /// Images that crossed while the dump still ran.
+    pub(crate) early_images: usize,
     /// Whether packets for the address waited at the destination; if not they were dropped.
     pub(crate) packets_queued: bool,
     /// How many had waited.

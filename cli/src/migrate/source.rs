@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use ferry_oci::api::ferry::{CommitRequest, DumpResponse, PrepareDumpRequest};
+use ferry_oci::api::ferry::{CommitRequest, DumpResponse, FreezeRequest, PrepareDumpRequest};
 use ferry_oci::fast::Fast;
 use ferry_oci::layer::{self, Manifest, Pass};
 use ferry_oci::paths;
@@ -39,6 +39,16 @@ pub(super) struct Hold<'a> {
     pub(super) ip: Option<Cidr>,
     /// The interface here that has it.
     pub(super) device: &'a str,
+}
+
+impl Hold<'_> {
+    fn fast_names(&self) -> Vec<String> {
+        self.fast.iter().map(|fast| fast.name().to_owned()).collect()
+    }
+
+    fn addresses(&self) -> Vec<String> {
+        self.ip.iter().map(|cidr| cidr.ip.to_string()).collect()
+    }
 }
 
 /// The container on its source host.
@@ -121,6 +131,10 @@ impl Source {
     /// How long the container may stay frozen without a commit, from its size.
     pub(super) fn freeze_limit(&self) -> Duration {
         FREEZE_MIN + Duration::from_secs(self.facts.resident / SLOWEST)
+    }
+
+    fn limit_s(&self) -> u32 {
+        u32::try_from(self.freeze_limit().as_secs()).unwrap_or(u32::MAX)
     }
 
     /// Sends the blobs of the image that the destination lacks.
@@ -248,9 +262,9 @@ impl Source {
         };
         let request = PrepareDumpRequest {
             migration: self.migration.clone(),
-            limit_s: u32::try_from(self.freeze_limit().as_secs()).unwrap_or(u32::MAX),
-            fast: hold.fast.iter().map(|fast| fast.name().to_owned()).collect(),
-            lock_addresses: hold.ip.iter().map(|cidr| cidr.ip.to_string()).collect(),
+            limit_s: self.limit_s(),
+            fast: hold.fast_names(),
+            lock_addresses: hold.addresses(),
             device: hold.device.to_owned(),
             hide_folder: hide,
             ..Default::default()
@@ -259,14 +273,20 @@ impl Source {
         Ok((PathBuf::from(prepared.images_path), prepared.early_files))
     }
 
-    /// Locks the connections on the moved address and freezes. Microseconds the freezer took.
+    /// Freezes, and locks the connections on the moved address. Microseconds the freezer took.
     ///
     /// # Errors
     /// When it cannot be frozen; it runs then.
-    pub(super) async fn freeze(&self, ip: Option<Cidr>) -> Result<u64> {
-        let addresses = ip.iter().map(|c| c.ip.to_string()).collect();
-        let frozen = self.shim.freeze(&self.migration, addresses, self.freeze_limit()).await?;
-        Ok(frozen.freeze_us)
+    pub(super) async fn freeze(&self, hold: &Hold<'_>) -> Result<u64> {
+        let request = FreezeRequest {
+            migration: self.migration.clone(),
+            limit_s: self.limit_s(),
+            fast: hold.fast_names(),
+            lock_addresses: hold.addresses(),
+            device: hold.device.to_owned(),
+            ..Default::default()
+        };
+        Ok(self.shim.freeze(request).await?.freeze_us)
     }
 
     /// Dumps the frozen container.

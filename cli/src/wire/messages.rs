@@ -43,8 +43,13 @@ pub(crate) enum Request {
     PutContainer(Box<NewContainer>),
     /// Changes of the writable layer; they follow as a stream.
     PutLayer,
-    /// The address, silent until the release; packets for it wait.
-    PutAddress(Cidr),
+    /// The address, silent until the release.
+    PutAddress {
+        /// Which.
+        cidr: Cidr,
+        /// Packets for it wait; if not, they are dropped.
+        queue: bool,
+    },
     /// Leads the clients to this host, while the address is still silent here.
     Announce,
     /// Opens the store for the container's memory.
@@ -214,7 +219,7 @@ mod tests {
 
     #[test]
     fn an_address_in_a_request_is_checked_when_it_is_read() {
-        let bad = r#"{"PutAddress":"10.0.0.1/99"}"#;
+        let bad = r#"{"PutAddress":{"cidr":"10.0.0.1/99","queue":true}}"#;
         assert!(serde_json::from_str::<Request>(bad).is_err());
     }
 }

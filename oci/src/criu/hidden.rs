@@ -37,6 +37,9 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+/// Environment variable that names the folder of the orders to the library.
+pub const HIDE_ENV: &str = f::FOLDER_ENV;
+
 /// A range of addresses that is hidden, whole pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HiddenRange {
@@ -137,6 +140,11 @@ impl Hiding {
             }
         }
         Ok(Self { folder, library })
+    }
+
+    /// The folder that somebody else has prepared, and that CRIU may use already.
+    pub fn join(folder: &Path, library: &Path) -> Self {
+        Self { folder: folder.to_owned(), library: library.to_owned() }
     }
 
     /// What to add to runc's environment; CRIU gets it from there.

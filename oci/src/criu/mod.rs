@@ -18,14 +18,14 @@ pub mod wrapper;
 pub use config::{CONFIG_ENV, Config, NetworkLock};
 pub use gate::{DUMP_GATE, Gate, RESTORE_GATE, Waiting};
 pub use hidden::{
-    CannotHide, HiddenRange, HiddenTask, HideError, HideReport, Hiding, Orders, Probe, StoredSmaps,
-    find_library, guards_are_shown,
+    CannotHide, HIDE_ENV, HiddenRange, HiddenTask, HideError, HideReport, Hiding, Orders, Probe,
+    StoredSmaps, find_library, guards_are_shown,
 };
 pub use hold::{Hold, HoldError};
 pub use log::{Failure, failure, run_id, version};
 pub use pagemap::{
     ImageError, Leak, Mapping, PageRun, Pagemap, check, check_parsed, pages_bytes, parse_mappings,
-    read_mappings,
+    read_mappings, tasks,
 };
 pub use record::{DumpOptions, DumpRecord, RECORD_FILE, RECORD_VERSION, RecordError};
 pub use tar::{FastTar, TarCounts};

@@ -205,6 +205,20 @@ pub fn pages_bytes(images: &Path) -> io::Result<u64> {
     Ok(bytes)
 }
 
+/// Pids of the tasks whose memory the folder `images` describes, in no order.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn tasks(images: &Path) -> io::Result<Vec<u32>> {
+    let mut pids = Vec::new();
+    for entry in images.read_dir()? {
+        let name = entry?.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix("mm-")?.strip_suffix(".img"));
+        pids.extend(pid.and_then(|pid| pid.parse::<u32>().ok()));
+    }
+    Ok(pids)
+}
+
 /// Checks that what was hidden of task `pid` is exactly what a lazy restore asks for, and that the
 /// images hold none of it. `pid` is the task's in its own pid namespace, which names the images.
 ///

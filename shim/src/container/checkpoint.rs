@@ -92,7 +92,7 @@ impl Container {
     }
 
     /// Refuses a dump while pages are still on their way here: it would take them for zeros.
-    pub(super) async fn must_be_filled(&self) -> Result<()> {
+    pub(crate) async fn must_be_filled(&self) -> Result<()> {
         for pid in self.pids().await? {
             // One that has ended needs no memory.
             if is_being_filled(pid.cast_signed()).unwrap_or_default() {

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ferry_oci::criu::{
-    CONFIG_ENV, Config, DUMP_GATE, FastTar, Gate, RESTORE_GATE, TarCounts, Waiting,
+    CONFIG_ENV, Config, DUMP_GATE, FastTar, Gate, HIDE_ENV, RESTORE_GATE, TarCounts, Waiting,
 };
 use log::warn;
 use tokio::time::{sleep, timeout};
@@ -56,9 +56,6 @@ pub(crate) struct Extras {
     pub(crate) tar: Option<PathBuf>,
 }
 
-/// Environment of the library that hides memory: folder of its orders.
-const HIDE_ENV: &str = "FERRY_HIDE";
-
 type Env = Vec<(&'static str, PathBuf)>;
 
 impl Extras {
@@ -75,14 +72,15 @@ impl Extras {
 }
 
 impl Container {
-    /// Starts a dump up to its gate. The container runs on.
+    /// Starts a dump up to its gate. The container runs on, and none of its memory [is missing].
+    ///
+    /// [is missing]: Self::must_be_filled
     pub(crate) async fn prepare_dump(
         self: &Arc<Self>,
         params: CheckpointParams,
         extras: &Extras,
     ) -> Result<PreparedDump> {
         admit(self.snapshot().status, Op::Checkpoint)?;
-        self.must_be_filled().await?;
         for folder in [&params.images, &params.work] {
             std::fs::create_dir_all(folder)
                 .context(format!("make the folder {}", folder.display()))?;

@@ -10,7 +10,6 @@ use ttrpc::r#async::TtrpcContext;
 use ttrpc::security_extension::{AcceptHook, ConnectionDataExt, HookError, HookOutput};
 
 use super::moves::Moves;
-use crate::containers::Containers;
 
 /// Key of the lease among the data of a connection.
 const KEY: &str = "lease";
@@ -75,18 +74,13 @@ pub(super) fn hook() -> (Hook, UnboundedReceiver<()>) {
 }
 
 /// Rolls back what was held under connections that have ended.
-pub(super) fn watch(
-    mut ended: UnboundedReceiver<()>,
-    containers: Arc<Containers>,
-    moves: Arc<Moves>,
-) {
+pub(super) fn watch(mut ended: UnboundedReceiver<()>, moves: Arc<Moves>) {
     tokio::spawn(async move {
         while ended.recv().await.is_some() {
             for (id, a_move) in moves.all() {
-                let containers = containers.clone();
                 // Each by itself: one may be in the middle of a dump.
                 tokio::spawn(async move {
-                    if let Err(error) = a_move.lease_ended(&containers).await {
+                    if let Err(error) = a_move.lease_ended().await {
                         warn!("roll back the migration of {id}: {error}");
                     }
                 });

@@ -51,7 +51,7 @@ pub(crate) async fn serve(containers: Arc<Containers>) -> Result<FerryGuard> {
     let _ = std::fs::remove_file(&socket);
     let (hook, ended) = lease::hook();
     let moves = Arc::new(moves::Moves::default());
-    lease::watch(ended, containers.clone(), moves.clone());
+    lease::watch(ended, moves.clone());
     let service = Arc::new(service::FerryService { containers, moves });
     let mut server = Server::new()
         .bind(&format!("unix://{}", socket.display()))

@@ -8,7 +8,6 @@ use ferry_oci::api::ferry::Phase;
 use super::destination::AtDestination;
 use super::lease::Lease;
 use super::source::AtSource;
-use crate::containers::Containers;
 use crate::error::{Error, Result};
 
 /// The migration of each container that has had one.
@@ -76,13 +75,13 @@ impl Move {
     }
 
     /// A connection has ended: was it this migration's?
-    pub(super) async fn lease_ended(&self, containers: &Containers) -> Result<()> {
+    pub(super) async fn lease_ended(&self) -> Result<()> {
         let mut side = self.side.lock().await;
         let lost = |lease: &Lease| !lease.is_alive();
         match &mut *side {
             Side::Source(source) if lost(&source.lease) && source.undecided() => {
                 log::warn!("the driver was lost before the commit: thawing");
-                self.thaw(&mut side, containers).await
+                self.thaw(&mut side).await
             }
             Side::Destination(destination) if lost(&destination.lease) => {
                 if destination.undecided() {

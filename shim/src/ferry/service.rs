@@ -101,12 +101,11 @@ impl Ferry for FerryService {
         request: PrepareDumpRequest,
     ) -> ttrpc::Result<PrepareDumpResponse> {
         let (container, a_move) = self.find(&request.id, &request.migration)?;
-        let containers = self.containers.clone();
         let lease = Lease::of(context);
         finish(async move {
             let mut side = a_move.side.lock().await;
             a_move.admit(Step::PrepareDump, &request.migration)?;
-            a_move.prepare_dump(&mut side, &containers, container, &request, lease).await
+            a_move.prepare_dump(&mut side, container, &request, lease).await
         })
         .await
     }
@@ -117,12 +116,11 @@ impl Ferry for FerryService {
         request: FreezeRequest,
     ) -> ttrpc::Result<FreezeResponse> {
         let (container, a_move) = self.find(&request.id, &request.migration)?;
-        let containers = self.containers.clone();
         let lease = Lease::of(context);
         finish(async move {
             let mut side = a_move.side.lock().await;
             a_move.admit(Step::Freeze, &request.migration)?;
-            a_move.freeze(&mut side, &containers, container, &request, lease).await
+            a_move.freeze(&mut side, container, &request, lease).await
         })
         .await
     }
@@ -143,7 +141,6 @@ impl Ferry for FerryService {
 
     async fn thaw(&self, _: &TtrpcContext, request: MigrationRequest) -> ttrpc::Result<Empty> {
         let (_, a_move) = self.find(&request.id, &request.migration)?;
-        let containers = self.containers.clone();
         finish(async move {
             let mut side = a_move.side.lock().await;
             // Given back already: by a failed freeze, a lost lease, or the limit.
@@ -151,7 +148,7 @@ impl Ferry for FerryService {
                 return Ok(Empty::new());
             }
             a_move.admit(Step::Thaw, &request.migration)?;
-            a_move.thaw(&mut side, &containers).await?;
+            a_move.thaw(&mut side).await?;
             Ok(Empty::new())
         })
         .await
@@ -176,11 +173,10 @@ impl Ferry for FerryService {
 
     async fn revert(&self, _: &TtrpcContext, request: MigrationRequest) -> ttrpc::Result<Empty> {
         let (_, a_move) = self.find(&request.id, &request.migration)?;
-        let containers = self.containers.clone();
         finish(async move {
             let mut side = a_move.side.lock().await;
             a_move.admit(Step::Revert, &request.migration)?;
-            a_move.revert(&mut side, &containers).await?;
+            a_move.revert(&mut side).await?;
             Ok(Empty::new())
         })
         .await

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use ferry_oci::api::ferry::{
     DumpResponse, FreezeRequest, FreezeResponse, Phase, PrepareDumpRequest, PrepareDumpResponse,
 };
-use ferry_oci::criu::{DumpOptions, FastTar, NetworkLock, RECORD_FILE, find_library};
+use ferry_oci::criu::{DumpOptions, FastTar, Hiding, NetworkLock, RECORD_FILE, find_library};
 use ferry_oci::fast::{self, Fast};
 use ferry_oci::freezer::Freezer;
 use ferry_oci::quarantine::{self, Prepared};
@@ -19,14 +19,11 @@ use log::warn;
 use super::lease::Lease;
 use super::moves::{Move, Side};
 use crate::container::{CheckpointParams, Container, Extras, PreparedDump, Reservation};
-use crate::containers::Containers;
 use crate::error::{Context as _, Error, Result};
 use crate::state::Status;
 
 /// How long the freezer may take. It took 0.1 to 4 ms wherever it was measured.
 const FREEZER: Duration = Duration::from_secs(5);
-/// How long nft may take.
-const NFT: Duration = Duration::from_secs(10);
 /// How long killed tasks may take to end.
 const EXIT: Duration = Duration::from_secs(30);
 /// How long CRIU may take to stop the tasks, seconds. They stand still already; its own default of
@@ -44,11 +41,11 @@ pub(super) struct AtSource {
     container: Arc<Container>,
     freezer: Freezer,
     frozen: bool,
-    locked: bool,
-    /// The lock, where it was prepared.
+    /// What keeps the addresses silent.
     lock: Option<Prepared>,
     /// What is announced again on a rollback, and where: the clients have been led away.
     announce: Option<(Ipv4Addr, String)>,
+    fast: Vec<Fast>,
     /// A dump that waits, or is held at its end.
     dump: Option<PreparedDump>,
     /// Written down: the destination shall run it.
@@ -66,6 +63,19 @@ impl AtSource {
 
     fn images(&self) -> PathBuf {
         paths::images(&self.migration)
+    }
+
+    fn takes(&self, path: Fast) -> bool {
+        self.fast.contains(&path)
+    }
+
+    /// Ours keeps the whole address silent. A private network has only loopback, which CRIU locks in
+    /// there.
+    fn network_lock(&self) -> NetworkLock {
+        match self.announce {
+            Some(_) if self.takes(Fast::Lock) => NetworkLock::Skip,
+            _ => NetworkLock::Nftables,
+        }
     }
 
     fn work(&self) -> PathBuf {
@@ -87,33 +97,21 @@ impl Move {
     pub(super) async fn prepare_dump(
         self: &Arc<Self>,
         side: &mut Side,
-        containers: &Arc<Containers>,
         container: Arc<Container>,
         request: &PrepareDumpRequest,
         lease: Lease,
     ) -> Result<PrepareDumpResponse> {
-        let start = Instant::now();
-        must_run(&container)?;
-        // Asked once and kept: not between freeze and resume.
-        container.runtime().version().await;
-        let mut source = self.begin(container, &request.migration, lease, request.limit_s)?;
         let fast = fast::parse(&request.fast);
-        let locked = addresses(&request.lock_addresses)?;
-        if let Some(ip) = locked.first() {
-            source.announce = Some((*ip, request.device.clone()));
-            let ips: Vec<_> = locked.iter().copied().map(IpAddr::from).collect();
-            // Without it the freeze makes its own, slowly.
-            match Prepared::new(&request.migration, &ips) {
-                Ok(lock) => source.lock = Some(lock),
-                Err(error) => warn!("prepare the connection lock: {error}"),
-            }
-        }
-        // A private network has only loopback, which CRIU locks in there.
-        let lock = if locked.is_empty() { NetworkLock::Nftables } else { NetworkLock::Skip };
-        let params = dump_params(&source, &fast, lock);
+        let away = Away { addresses: &request.lock_addresses, device: &request.device };
+        let mut source =
+            self.begin(container, &request.migration, lease, request.limit_s, fast, &away).await?;
+        let params = dump_params(&source);
         let images = params.images.clone();
-        let extras = extras(request, &fast)?;
-        match source.container.prepare_dump(params, &extras).await {
+        let prepared = match extras(request, &source.fast) {
+            Ok(extras) => source.container.prepare_dump(params, &extras).await,
+            Err(error) => Err(error),
+        };
+        match prepared {
             Ok(dump) => source.dump = Some(dump),
             Err(error) => {
                 let _ = std::fs::remove_dir_all(&images);
@@ -127,27 +125,39 @@ impl Move {
         let (alive, limit) = (source.lease.is_alive(), limit_of(request.limit_s));
         *side = Side::Source(Box::new(source));
         self.enter(Phase::PHASE_PREPARED, &request.migration);
-        self.limit(containers.clone(), limit);
+        self.limit(limit);
         if !alive {
-            self.thaw(side, containers).await?;
+            self.thaw(side).await?;
             return Err(Error::failed_precondition("the caller was lost"));
         }
         Ok(PrepareDumpResponse {
             images_path: images.display().to_string(),
             early_files,
-            prepare_us: micros(start),
             ..Default::default()
         })
     }
 
-    fn begin(
+    /// Everything that is wanted of this side before the freeze, but for the dump.
+    async fn begin(
         &self,
         container: Arc<Container>,
         migration: &str,
         lease: Lease,
         limit_s: u32,
+        fast: Vec<Fast>,
+        away: &Away<'_>,
     ) -> Result<AtSource> {
+        must_run(&container)?;
+        container.must_be_filled().await?;
+        // Asked once and kept: not between freeze and resume.
+        container.runtime().version().await;
+        let addresses = addresses(away.addresses)?;
+        let announce = addresses.first().map(|ip| (*ip, away.device.to_owned()));
         let freezer = Freezer::of(container.snapshot().pid).context("find the freezer")?;
+        let lock = match fast.contains(&Fast::Lock) {
+            true => prepare_lock(migration, &addresses).await?,
+            false => None,
+        };
         leave_note(&container, migration)?;
         Ok(AtSource {
             lease,
@@ -155,9 +165,9 @@ impl Move {
             container,
             freezer,
             frozen: false,
-            locked: false,
-            lock: None,
-            announce: None,
+            lock,
+            announce,
+            fast,
             dump: None,
             committed: false,
             reservation: None,
@@ -169,19 +179,20 @@ impl Move {
     pub(super) async fn freeze(
         self: &Arc<Self>,
         side: &mut Side,
-        containers: &Arc<Containers>,
         container: Arc<Container>,
         request: &FreezeRequest,
         lease: Lease,
     ) -> Result<FreezeResponse> {
-        let addresses = addresses(&request.lock_addresses)?;
         if !matches!(side, Side::Source(_)) {
-            must_run(&container)?;
-            container.runtime().version().await;
-            let source = self.begin(container, &request.migration, lease, request.limit_s)?;
+            let fast = fast::parse(&request.fast);
+            let away = Away { addresses: &request.lock_addresses, device: &request.device };
+            let source = self
+                .begin(container, &request.migration, lease, request.limit_s, fast, &away)
+                .await?;
             *side = Side::Source(Box::new(source));
         }
-        let frozen = freeze_and_lock(at_source(side)?, containers, &addresses).await;
+        let addresses = addresses(&request.lock_addresses)?;
+        let frozen = freeze_and_lock(at_source(side)?, &addresses).await;
         let limit = limit_of(request.limit_s);
         match frozen {
             Ok(response) => {
@@ -189,15 +200,15 @@ impl Move {
                 source.deadline = Instant::now() + limit;
                 let alive = source.lease.is_alive();
                 self.enter(Phase::PHASE_FROZEN, &request.migration);
-                self.limit(containers.clone(), limit);
+                self.limit(limit);
                 if !alive {
-                    self.thaw(side, containers).await?;
+                    self.thaw(side).await?;
                     return Err(Error::failed_precondition("the caller was lost"));
                 }
                 Ok(response)
             }
             Err(error) => {
-                if let Err(error) = self.thaw(side, containers).await {
+                if let Err(error) = self.thaw(side).await {
                     warn!("after a failed freeze: {error}");
                 }
                 Err(error)
@@ -206,7 +217,7 @@ impl Move {
     }
 
     /// Thaws by itself when the limit passes without a commit.
-    fn limit(self: &Arc<Self>, containers: Arc<Containers>, limit: Duration) {
+    fn limit(self: &Arc<Self>, limit: Duration) {
         let a_move = self.clone();
         tokio::spawn(async move {
             tokio::time::sleep(limit).await;
@@ -216,7 +227,7 @@ impl Move {
                 && source.deadline <= Instant::now()
             {
                 warn!("frozen for {limit:?} without a commit: thawing");
-                if let Err(error) = a_move.thaw(&mut side, &containers).await {
+                if let Err(error) = a_move.thaw(&mut side).await {
                     warn!("thaw: {error}");
                 }
             }
@@ -233,24 +244,19 @@ impl Move {
                 dump.dump().await?;
                 // CRIU thaws once it holds every task by ptrace, and freezes again at its end, which
                 // comes later here: the tasks must stand still even if it is killed.
-                let freezer = source.freezer.clone();
-                let frozen = tokio::task::spawn_blocking(move || freezer.freeze(FREEZER));
-                frozen.await.context("freeze again")?.context("freeze again")?;
+                freeze(source).await.context("freeze again")?;
             }
             None => {
-                // Ours keeps the whole address silent. A private network has only loopback, which
-                // CRIU locks in there.
-                let lock = if source.locked { NetworkLock::Skip } else { NetworkLock::Nftables };
-                let params = dump_params(source, &[], lock);
+                let params = dump_params(source);
                 let done = source.container.checkpoint(params).await;
                 let _ = std::fs::remove_dir_all(source.work());
                 done?;
+                // CRIU gives the freezer back as it found it; a container that ran on since the dump
+                // must never be committed.
+                if !source.freezer.is_frozen().context("look at the freezer")? {
+                    return Err(Error::internal("the dump has thawed the container"));
+                }
             }
-        }
-        // CRIU gives the freezer back as it found it; a container that ran on since the dump must
-        // never be committed.
-        if !source.freezer.is_frozen().context("look at the freezer")? {
-            return Err(Error::internal("the dump has thawed the container"));
         }
         self.enter(Phase::PHASE_DUMPED, &source.migration);
         let tar = source.dump.as_ref().map(PreparedDump::tar_counts).unwrap_or_default();
@@ -258,24 +264,20 @@ impl Move {
             fast_tar_calls: tar.fast,
             real_tar_calls: tar.real,
             dump_us: micros(start),
-            images_bytes: size_of(&images),
+            criu_lock: source.network_lock() != NetworkLock::Skip,
             images_path: images.display().to_string(),
             ..Default::default()
         })
     }
 
     /// Gives the container back: thawed, unlocked, nothing left of the migration.
-    pub(super) async fn thaw(&self, side: &mut Side, containers: &Containers) -> Result<()> {
+    pub(super) async fn thaw(&self, side: &mut Side) -> Result<()> {
         let source = at_source(side)?;
         // CRIU must have let go of the tasks before they run.
         source.end_dump().await;
         // Unlocked first, or the program would see its packets refused.
-        let unlocked = match (source.lock.take(), source.locked) {
-            // Its end removes it.
-            (Some(prepared), _) => prepared.unlock().context("unlock the connections"),
-            (None, true) => unlock(containers, &source.migration).await,
-            (None, false) => Ok(()),
-        };
+        let unlocked = source.lock.as_ref().map_or(Ok(()), Prepared::unlock);
+        let mut unlocked = unlocked.context("unlock the connections");
         if source.frozen {
             let freezer = source.freezer.clone();
             tokio::task::spawn_blocking(move || freezer.thaw(FREEZER))
@@ -283,11 +285,18 @@ impl Move {
                 .context("thaw")?
                 .context("thaw")?;
             source.frozen = false;
-            if let Some((ip, device)) = &source.announce
-                && let Err(error) = announce::gratuitous_arp(*ip, device)
-            {
-                warn!("announce {ip} on {device} again: {error}");
-            }
+        }
+        // The clients may have been led away before the freeze already.
+        if let Some((ip, device)) = &source.announce
+            && let Err(error) = announce::gratuitous_arp(*ip, device)
+        {
+            warn!("announce {ip} on {device} again: {error}");
+        }
+        // Its clients are served again: taking the tables away takes 10 ms and more.
+        if source.lock.take().is_some() {
+            let migration = source.migration.clone();
+            let cleared = tokio::task::spawn_blocking(move || quarantine::clear(&migration)).await;
+            unlocked = cleared.context("unlock")?.context("unlock the connections");
         }
         let images = source.images();
         if let Err(error) = std::fs::remove_dir_all(&images)
@@ -316,9 +325,9 @@ impl Move {
     }
 
     /// Undoes the commit, on the destination's word.
-    pub(super) async fn revert(&self, side: &mut Side, containers: &Containers) -> Result<()> {
+    pub(super) async fn revert(&self, side: &mut Side) -> Result<()> {
         let migration = at_source(side)?.migration.clone();
-        self.thaw(side, containers).await?;
+        self.thaw(side).await?;
         Record::remove(&migration).context("remove the record of the commit")
     }
 
@@ -356,28 +365,51 @@ impl Move {
     }
 }
 
+/// Where the clients are led away from.
+struct Away<'a> {
+    addresses: &'a [String],
+    device: &'a str,
+}
+
 /// Freezes and locks, in this order: the program would see its packets refused otherwise. What the
 /// kernel acknowledges until the lock is there is in the dump.
-async fn freeze_and_lock(
-    source: &mut AtSource,
-    containers: &Containers,
-    addresses: &[Ipv4Addr],
-) -> Result<FreezeResponse> {
+async fn freeze_and_lock(source: &mut AtSource, addresses: &[Ipv4Addr]) -> Result<FreezeResponse> {
     source.reservation = Some(source.container.reserve("is being migrated")?);
     must_run(&source.container)?;
-    let freezer = source.freezer.clone();
-    let frozen = tokio::task::spawn_blocking(move || freezer.freeze(FREEZER));
-    let took = frozen.await.context("freeze")?.context("freeze")?;
-    source.frozen = true;
+    let took = freeze(source).await?;
     let start = Instant::now();
-    source.locked = !addresses.is_empty();
-    match &source.lock {
-        Some(prepared) if source.locked => prepared.lock().context("lock the connections")?,
-        None if source.locked => lock(containers, &source.migration, addresses).await?,
-        _ => {}
+    if source.lock.is_none() {
+        source.lock = prepare_lock(&source.migration, addresses).await?;
+    }
+    if let Some(lock) = &source.lock {
+        lock.lock().context("lock the connections")?;
     }
     let freeze_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
     Ok(FreezeResponse { lock_us: micros(start), freeze_us, ..Default::default() })
+}
+
+/// How long it took.
+async fn freeze(source: &mut AtSource) -> Result<Duration> {
+    let (start, freezer) = (Instant::now(), source.freezer.clone());
+    // From now on a rollback thaws.
+    source.frozen = true;
+    if !source.takes(Fast::Freezer) && !freezer.is_frozen().context("look at the freezer")? {
+        source.container.freeze_by_runc().await?;
+        return Ok(start.elapsed());
+    }
+    let frozen = tokio::task::spawn_blocking(move || freezer.freeze(FREEZER));
+    frozen.await.context("freeze")?.context("freeze")
+}
+
+/// Tables that take effect at once when they are wanted. None without addresses.
+async fn prepare_lock(migration: &str, addresses: &[Ipv4Addr]) -> Result<Option<Prepared>> {
+    if addresses.is_empty() {
+        return Ok(None);
+    }
+    let ips: Vec<_> = addresses.iter().copied().map(IpAddr::from).collect();
+    let migration = migration.to_owned();
+    let made = tokio::task::spawn_blocking(move || Prepared::new(&migration, &ips)).await;
+    Ok(Some(made.context("prepare the lock")?.context("prepare the connection lock")?))
 }
 
 /// What CRIU is given for its dump.
@@ -393,6 +425,7 @@ fn extras(request: &PrepareDumpRequest, fast: &[Fast]) -> Result<Extras> {
     }
     let library = find_library()
         .ok_or_else(|| Error::failed_precondition("the library that hides memory is missing"))?;
+    Hiding::prepare(&folder, &library).context("make the folder of the orders")?;
     Ok(Extras { preload: Some(library), hide: Some(folder), tar })
 }
 
@@ -410,15 +443,15 @@ fn limit_of(seconds: u32) -> Duration {
     Duration::from_secs(seconds.into()).min(MAX_LIMIT)
 }
 
-fn dump_params(source: &AtSource, fast: &[Fast], network_lock: NetworkLock) -> CheckpointParams {
-    let ignore = fast.contains(&Fast::Cgroups).then(|| "ignore".to_owned());
+fn dump_params(source: &AtSource) -> CheckpointParams {
+    let ignore = source.takes(Fast::Cgroups).then(|| "ignore".to_owned());
     CheckpointParams {
         images: source.images(),
         work: source.work(),
         leave_running: true,
         options: DumpOptions {
             tcp_established: true,
-            network_lock,
+            network_lock: source.network_lock(),
             manage_cgroups: ignore,
             ..Default::default()
         },
@@ -449,28 +482,6 @@ fn addresses(texts: &[String]) -> Result<Vec<Ipv4Addr>> {
         text.parse().map_err(|_| Error::invalid_argument(format!("{text:?} is no IPv4 address")))
     };
     texts.iter().map(parse).collect()
-}
-
-async fn lock(containers: &Containers, migration: &str, to: &[Ipv4Addr]) -> Result<()> {
-    nft(containers, quarantine::add(migration, to), "lock the connections").await
-}
-
-async fn unlock(containers: &Containers, migration: &str) -> Result<()> {
-    nft(containers, quarantine::remove(migration), "unlock the connections").await
-}
-
-async fn nft(containers: &Containers, command: std::process::Command, what: &str) -> Result<()> {
-    let output = containers.reaper.run(command, NFT).await?;
-    if output.status == 0 {
-        return Ok(());
-    }
-    let printed = String::from_utf8_lossy(&output.stderr);
-    Err(Error::internal(format!("{what}: nft: {}", printed.trim())))
-}
-
-fn size_of(dir: &std::path::Path) -> u64 {
-    let Ok(entries) = std::fs::read_dir(dir) else { return 0 };
-    entries.flatten().filter_map(|e| e.metadata().ok()).map(|m| m.len()).sum()
 }
 
 pub(super) fn micros(start: Instant) -> u64 {

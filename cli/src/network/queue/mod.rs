@@ -41,14 +41,15 @@ pub(crate) struct Held {
 
 impl Held {
     /// Silences `addresses` for `migration` and holds packets for them, in this thread's network
-    /// namespace. Where the kernel has no queues they are dropped; [`Held::how`] tells.
+    /// namespace. Without `queue`, or where the kernel has none, they are dropped; [`Held::how`] tells.
     ///
     /// # Errors
     /// When the kernel refuses the rules; none are there then.
-    pub(crate) fn start(migration: &str, addresses: &[IpAddr]) -> Result<Self> {
+    pub(crate) fn start(migration: &str, addresses: &[IpAddr], queue: bool) -> Result<Self> {
         // A rule without a reader drops, so the reader is there first.
-        let reader = match Queue::take(seed()) {
-            Ok(queue) => {
+        let reader = match queue.then(|| Queue::take(seed())).transpose() {
+            Ok(None) => None,
+            Ok(Some(queue)) => {
                 let number = queue.number();
                 Some((number, Reader::start(queue)?))
             }

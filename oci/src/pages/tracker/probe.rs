@@ -14,7 +14,7 @@ use crate::pages::PAGE;
 use crate::pages::scan::{Entry, Mode, Pagemap, Region};
 
 /// What was found.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Probe {
     /// Writes can be noted by asynchronous write protection.
     pub write_protect: bool,

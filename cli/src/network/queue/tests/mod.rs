@@ -50,7 +50,7 @@ fn number(receiver: &UdpSocket) -> u32 {
 }
 
 fn hold(net: &Net, migration: &'static str, address: IpAddr) -> Held {
-    let held = net.server.run(move || Held::start(migration, &[address]).unwrap());
+    let held = net.server.run(move || Held::start(migration, &[address], true).unwrap());
     assert!(matches!(held.how(), How::Queued(_)));
     held
 }
@@ -223,7 +223,7 @@ fn what_was_held_is_gone_when_it_is_dropped() {
 #[ignore = "started by another test"]
 fn holds_until_it_is_killed() {
     if std::env::var_os("FERRY_HOLDS").is_some() {
-        let held = Held::start("m-1", &[MOVED]).unwrap();
+        let held = Held::start("m-1", &[MOVED], true).unwrap();
         println!("\nholds");
         let start = Instant::now();
         while start.elapsed() < PATIENCE * 2 {
