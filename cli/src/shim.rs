@@ -194,6 +194,7 @@ impl Shim {
         &self,
         migration: &str,
         images: &Path,
+        fast: &[Fast],
         lazy_pages: bool,
         limit: Duration,
     ) -> Result<RestoreResponse> {
@@ -201,6 +202,7 @@ impl Shim {
             id: self.id.clone(),
             migration: migration.to_owned(),
             images_path: images.display().to_string(),
+            fast: names(fast),
             lazy_pages,
             ..Default::default()
         };

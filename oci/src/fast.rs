@@ -23,6 +23,10 @@ pub enum Fast {
     Queue,
     /// Images of memory cross while the dump still runs.
     Images,
+    /// CRIU logs errors and warnings, and not every step.
+    Log,
+    /// Idle processors do not sleep in the pause.
+    Awake,
     /// Cgroups are left to runc.
     Cgroups,
     /// Memory is hidden from CRIU's dump.
@@ -33,13 +37,15 @@ pub enum Fast {
 
 impl Fast {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::HeldDump,
         Self::HeldRestore,
         Self::Freezer,
         Self::Lock,
         Self::Queue,
         Self::Images,
+        Self::Log,
+        Self::Awake,
         Self::Cgroups,
         Self::Hide,
         Self::Tar,
@@ -54,6 +60,8 @@ impl Fast {
             Self::Lock => "lock",
             Self::Queue => "queue",
             Self::Images => "images",
+            Self::Log => "log",
+            Self::Awake => "awake",
             Self::Cgroups => "cgroups",
             Self::Hide => "hide",
             Self::Tar => "tar",

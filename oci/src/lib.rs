@@ -5,6 +5,7 @@
 
 pub mod announce;
 pub mod api;
+pub mod awake;
 pub mod cgroups;
 pub mod cpu_quota;
 pub mod criu;

@@ -23,7 +23,7 @@ mkdir dev/pts dev/shm dev/mqueue dev/net run/lock run/sshd
 mount -t devpts -o newinstance,ptmxmode=666,mode=620,gid=5 devpts dev/pts
 mount -t tmpfs -o mode=1777 tmpfs dev/shm
 mount -t mqueue mqueue dev/mqueue
-for node in null zero full random urandom tty net/tun fuse userfaultfd; do
+for node in null zero full random urandom tty net/tun fuse userfaultfd cpu_dma_latency; do
     [ -c "/dev/$node" ] || continue
     mknod -m 666 "dev/$node" c "$(stat -c 0x%t "/dev/$node")" "$(stat -c 0x%T "/dev/$node")"
 done

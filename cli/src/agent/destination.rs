@@ -62,6 +62,8 @@ pub(super) struct Destination {
     memory: Option<Memory>,
     /// Memory is served from the page store.
     lazy: bool,
+    /// Fast paths to take.
+    fast: Vec<Fast>,
     /// A restore waits for its images.
     waiting: bool,
     /// `Commit` was passed to the shim: from here on nothing is undone without its word.
@@ -92,6 +94,7 @@ impl Destination {
             image: None,
             memory: None,
             lazy: false,
+            fast: Vec::new(),
             waiting: false,
             committed: false,
             _lock: lock,
@@ -220,6 +223,7 @@ impl Destination {
             memory.listen(&self.bundle().join(paths::RESTORE_WORK), pid)?;
         }
         self.lazy = lazy;
+        self.fast = fast.to_vec();
         if fast.contains(&Fast::HeldRestore) {
             let images = paths::images(&self.migration);
             shim.prepare_restore(&self.migration, &images, fast, lazy).await?;
@@ -294,7 +298,8 @@ impl Destination {
         let shim = self.shim.as_ref().context("there is no task to restore")?;
         let start = Instant::now();
         let images = paths::images(&self.migration);
-        let restored = shim.restore(&self.migration, &images, self.lazy, RESTORE).await?;
+        let restored =
+            shim.restore(&self.migration, &images, &self.fast, self.lazy, RESTORE).await?;
         log::debug!("restore: {} us, of them {} in the shim", micros(start), restored.restore_us);
         Ok(Reply::Held { restore_us: restored.restore_us })
     }

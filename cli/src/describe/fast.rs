@@ -43,7 +43,8 @@ fn why_not(fast: Fast, facts: &Facts<'_>) -> Option<String> {
         return Some("turned off by --no-fast".to_owned());
     }
     // They are given to a dump that is started early, or need what runc has written for it.
-    let held = matches!(fast, Fast::HeldRestore | Fast::Cgroups | Fast::Hide | Fast::Tar);
+    let held =
+        matches!(fast, Fast::HeldRestore | Fast::Log | Fast::Cgroups | Fast::Hide | Fast::Tar);
     if held && facts.refused.contains(&Fast::HeldDump) {
         return Some(format!("needs {}", Fast::HeldDump.name()));
     }
@@ -51,6 +52,18 @@ fn why_not(fast: Fast, facts: &Facts<'_>) -> Option<String> {
         |what: &str| Some(format!("{what} is not installed on {}", facts.source.hostname));
     match fast {
         Fast::HeldDump | Fast::HeldRestore | Fast::Freezer | Fast::Images => None,
+        Fast::Awake => {
+            [facts.source, facts.destination].into_iter().find(|h| !h.awake).map(|host| {
+                format!(
+                    "{} has no /dev/cpu_dma_latency, which keeps processors awake",
+                    host.hostname
+                )
+            })
+        }
+        // Its id, which names its lock, is in its log.
+        Fast::Log => (!facts.moves_address).then(|| {
+            "no address moves: CRIU locks the connections and says so in its log".to_owned()
+        }),
         Fast::Lock | Fast::Queue => (!facts.moves_address)
             .then(|| "no address moves: CRIU locks the connections".to_owned()),
         Fast::Cgroups => cgroups(facts),

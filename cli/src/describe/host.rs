@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::process::Command;
 
+use ferry_oci::awake::Awake;
 use ferry_oci::criu::{FastTar, find_library};
 use serde::{Deserialize, Serialize};
 
@@ -34,6 +35,8 @@ pub(crate) struct HostFacts {
     pub(crate) hide_library: bool,
     /// Whether the fast tar is installed.
     pub(crate) fast_tar: bool,
+    /// Whether idle processors can be kept awake.
+    pub(crate) awake: bool,
     /// Version of containerd.
     pub(crate) containerd: String,
     /// Version of this ferry.
@@ -60,6 +63,7 @@ impl HostFacts {
             shim: in_path("containerd-shim-ferry-v2"),
             hide_library: find_library().is_some(),
             fast_tar: FastTar::find().is_some(),
+            awake: Awake::is_possible(),
             containerd,
             ferry: env!("CARGO_PKG_VERSION").to_owned(),
         }

@@ -23,6 +23,7 @@ pub(crate) fn host(name: &str) -> HostFacts {
         shim: true,
         hide_library: true,
         fast_tar: true,
+        awake: true,
         containerd: "2.1".into(),
         ferry: "0.1.0".into(),
     }

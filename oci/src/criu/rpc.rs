@@ -23,13 +23,15 @@ pub enum FromCriu {
     Answer {
         /// Whether it was done.
         success: bool,
+        /// Its version, if it was asked for that.
+        version: Option<String>,
     },
 }
 
 /// Reads one message; `None` when it is none that CRIU sends.
 pub fn parse(message: &[u8]) -> Option<FromCriu> {
     let mut input = CodedInputStream::from_bytes(message);
-    let (mut kind, mut success, mut notify) = (None, false, None);
+    let (mut kind, mut success, mut notify, mut version) = (None, false, None, None);
     while let Some(tag) = input.read_raw_tag_or_eof().ok()? {
         match tag {
             // type
@@ -38,11 +40,13 @@ pub fn parse(message: &[u8]) -> Option<FromCriu> {
             0x10 => success = input.read_raw_varint64().ok()? != 0,
             // notify
             0x2a => notify = Some(input.read_bytes().ok()?),
+            // version
+            0x52 => version = Some(numbers(&input.read_bytes().ok()?)?),
             other => skip(&mut input, other)?,
         }
     }
     if kind? != NOTIFY {
-        return Some(FromCriu::Answer { success });
+        return Some(FromCriu::Answer { success, version });
     }
     let notify = notify?;
     let mut input = CodedInputStream::from_bytes(&notify);
@@ -57,17 +61,50 @@ pub fn parse(message: &[u8]) -> Option<FromCriu> {
     Some(FromCriu::Notify { script, pid })
 }
 
+/// `4.2.1` of a version that has the numbers 1 (major), 2 (minor) and 4 (sublevel).
+fn numbers(version: &[u8]) -> Option<String> {
+    let mut input = CodedInputStream::from_bytes(version);
+    let (mut major, mut minor, mut sub) = (0, 0, None);
+    while let Some(tag) = input.read_raw_tag_or_eof().ok()? {
+        match tag {
+            0x08 => major = input.read_raw_varint64().ok()?,
+            0x10 => minor = input.read_raw_varint64().ok()?,
+            0x20 => sub = Some(input.read_raw_varint64().ok()?),
+            other => skip(&mut input, other)?,
+        }
+    }
+    let sub = sub.map(|sub| format!(".{sub}")).unwrap_or_default();
+    Some(format!("{major}.{minor}{sub}"))
+}
+
+/// What ferry changes in a request to CRIU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Changes {
+    /// Descriptor of the folder of images.
+    pub images_fd: u8,
+    /// Descriptor of the work folder.
+    pub work_fd: u8,
+    /// How much CRIU logs, if not what its client wants: [`QUIET`].
+    pub log_level: Option<u8>,
+}
+
+/// CRIU's log level for errors and warnings. runc asks for everything, which takes two lines of log
+/// for each system call.
+pub const QUIET: u8 = 2;
+
 /// Has CRIU look for its folders at other descriptors than its client named: it looks among those
 /// of whoever made its socket. `None` when `request` is not one to dump or restore.
 ///
 /// A message that stands twice in another is merged, and the later one wins: what is to be changed
 /// is appended.
-pub fn amend(request: &[u8], images_fd: u8, work_fd: u8) -> Option<Vec<u8>> {
+pub fn amend(request: &[u8], changes: Changes) -> Option<Vec<u8>> {
     // type = DUMP, RESTORE, PRE_DUMP
     let [0x08, 1 | 2 | 4, ..] = request else { return None };
     // images_dir_fd = 1, work_dir_fd = 17, as varints of two bytes
-    let (images, work) = (varint(images_fd), varint(work_fd));
-    let opts = [0x08, images[0], images[1], 0x88, 0x01, work[0], work[1]];
+    let (images, work) = (varint(changes.images_fd), varint(changes.work_fd));
+    let mut opts = vec![0x08, images[0], images[1], 0x88, 0x01, work[0], work[1]];
+    // log_level = 9
+    opts.extend(changes.log_level.into_iter().flat_map(|level| [0x48, level]));
     let mut amended = request.to_vec();
     // opts = 2
     amended.extend([0x12, opts.len() as u8]);
@@ -119,10 +156,15 @@ mod tests {
     fn an_answer_tells_whether_it_was_done() {
         // A restore that has succeeded, with the pid of its init.
         let done = [0x08, 2, 0x10, 1, 0x22, 2, 0x08, 42];
-        assert_eq!(parse(&done), Some(FromCriu::Answer { success: true }));
+        let answer = |success| Some(FromCriu::Answer { success, version: None });
+        assert_eq!(parse(&done), answer(true));
         // A dump that has failed, with errno and text.
         let failed = [0x08, 1, 0x10, 0, 0x38, 22, 0x4a, 2, b'n', b'o'];
-        assert_eq!(parse(&failed), Some(FromCriu::Answer { success: false }));
+        assert_eq!(parse(&failed), answer(false));
+        // Version 4.2.1 of that name.
+        let version = [0x08, 10, 0x10, 1, 0x52, 9, 0x08, 4, 0x10, 2, 0x1a, 1, b'g', 0x20, 1];
+        let text = Some("4.2.1".to_owned());
+        assert_eq!(parse(&version), Some(FromCriu::Answer { success: true, version: text }));
     }
 
     #[test]
@@ -140,12 +182,15 @@ mod tests {
     #[test]
     fn the_last_word_on_the_folders_is_ours() {
         let request = [0x08, 1, 0x12, 2, 0x08, 7];
-        let amended = amend(&request, 201, 3).unwrap();
+        let changes = Changes { images_fd: 201, work_fd: 3, log_level: None };
+        let amended = amend(&request, changes).unwrap();
         assert_eq!(amended[..6], request);
         assert_eq!(amended[6..], [0x12, 7, 0x08, 0xc9, 0x01, 0x88, 0x01, 0x83, 0x00]);
+        let quiet = amend(&request, Changes { log_level: Some(QUIET), ..changes }).unwrap();
+        assert_eq!(quiet[6..], [0x12, 9, 0x08, 0xc9, 0x01, 0x88, 0x01, 0x83, 0x00, 0x48, 2]);
         // A question for the version.
-        assert_eq!(amend(&[0x08, 10], 201, 200), None);
-        assert_eq!(amend(&[], 201, 200), None);
+        assert_eq!(amend(&[0x08, 10], changes), None);
+        assert_eq!(amend(&[], changes), None);
     }
 
     #[test]

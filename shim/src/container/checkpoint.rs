@@ -86,7 +86,8 @@ impl Container {
         if let Err(err) = self.dump(&params).await {
             return Err(self.dump_failed(err, &params.work).await);
         }
-        self.write_record(&params).await?;
+        let criu = criu::version(&params.work.join(LOG)).ok().flatten();
+        self.write_record(&params, criu.unwrap_or_default()).await?;
         self.checkpointed(&params.images);
         Ok(())
     }
@@ -117,9 +118,8 @@ impl Container {
         err
     }
 
-    /// Writes down beside the images how they are made. CRIU has started its log by then.
-    pub(super) async fn write_record(&self, params: &CheckpointParams) -> Result<()> {
-        let criu = criu::version(&params.work.join(LOG)).ok().flatten().unwrap_or_default();
+    /// Writes down beside the images how they are made, and by which version of CRIU.
+    pub(super) async fn write_record(&self, params: &CheckpointParams, criu: String) -> Result<()> {
         let runc = self.runtime.version().await.to_string();
         let record = DumpRecord::new(params.options.clone(), criu, runc);
         record.write(&params.images).context("write down how the images are made")

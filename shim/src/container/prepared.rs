@@ -54,6 +54,8 @@ pub(crate) struct Extras {
     pub(crate) hide: Option<PathBuf>,
     /// Program that takes the place of `tar`.
     pub(crate) tar: Option<PathBuf>,
+    /// How much CRIU logs, if not all.
+    pub(crate) log_level: Option<u8>,
 }
 
 type Env = Vec<(&'static str, PathBuf)>;
@@ -99,7 +101,7 @@ impl Container {
         all.extend(extras.hide.iter().map(|folder| (HIDE_ENV, folder.clone())));
         let tar = extras.fast_tar(&relay)?;
         all.extend(tar.iter().flat_map(|tar| tar.1.clone()));
-        let line = relay.start(false);
+        let line = relay.start(false, extras.log_level);
         let mut runc = self.runtime.begin(&checkpoint::verb(&self.id, &params)?, &all)?;
         let waiting = match until_waiting(&gate, &mut runc).await {
             Ok(waiting) => waiting,
@@ -109,7 +111,7 @@ impl Container {
                 return Err(self.dump_failed(err, &params.work).await);
             }
         };
-        self.write_record(&params).await?;
+        self.write_record(&params, line.version().unwrap_or_default()).await?;
         let (container, waiting) = (self.clone(), Some(waiting));
         let tar = tar.map(|tar| tar.0);
         Ok(PreparedDump { container, params, runc, line, waiting, tar, _gate: gate, held: false })
@@ -214,7 +216,7 @@ impl Container {
         let gate = Gate::make(&params.images.join(RESTORE_GATE)).context("make the gate")?;
         let mut all = relay.env(None);
         all.extend(extras.fast_tar(&relay)?.into_iter().flat_map(|tar| tar.1));
-        let line = relay.start(private_network);
+        let line = relay.start(private_network, extras.log_level);
         let mut attempt = self.begin(&params, None, &all)?;
         match until_waiting(&gate, &mut attempt.runc).await {
             Ok(waiting) => {

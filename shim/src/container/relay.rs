@@ -15,9 +15,8 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
 
-use ferry_oci::criu::rpc::{self, FromCriu};
+use ferry_oci::criu::rpc::{self, Changes, FromCriu};
 use ferry_oci::criu::wrapper;
 use ferry_oci::paths;
 use log::{debug, warn};
@@ -48,12 +47,14 @@ const ANSWERED_HERE: [&str; 8] = [
 ];
 
 /// How far CRIU has come.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 struct Progress {
+    /// Its version, which runc asks for first.
+    version: Option<String>,
     /// It is held: at post-dump, or at post-restore with the pid of the restored init.
     held: Option<i32>,
     /// The restored tasks run.
-    resumed: Option<Instant>,
+    resumed: bool,
     /// It has said how it ended, or the line is gone.
     ended: Option<bool>,
 }
@@ -121,7 +122,8 @@ impl Relay {
 
     /// Serves the CRIUs that runc starts: those it asks for their version, and the one that works.
     /// `private_network`: CRIU makes a network namespace, whose loopback device has to come up.
-    pub(crate) fn start(self, private_network: bool) -> Line {
+    /// `log_level`: how much it logs, if not all.
+    pub(crate) fn start(self, private_network: bool, log_level: Option<u8>) -> Line {
         let (sender, progress) = watch::channel(Progress::default());
         let (decision, decided) = watch::channel(None);
         let socket = self.socket.clone();
@@ -140,6 +142,7 @@ impl Relay {
                     progress: sender.clone(),
                     decided: decided.clone(),
                     private_network,
+                    log_level,
                     init: None,
                     answer: None,
                 };
@@ -162,8 +165,13 @@ impl Line {
     /// Waits until the restored tasks run; false when they never will.
     pub(crate) async fn resumed(&self) -> bool {
         let mut progress = self.progress.clone();
-        let seen = progress.wait_for(|p| p.resumed.is_some() || p.ended.is_some()).await;
-        seen.is_ok_and(|p| p.resumed.is_some() || p.ended == Some(true))
+        let seen = progress.wait_for(|p| p.resumed || p.ended.is_some()).await;
+        seen.is_ok_and(|p| p.resumed || p.ended == Some(true))
+    }
+
+    /// The version of CRIU, if it was asked for it.
+    pub(crate) fn version(&self) -> Option<String> {
+        self.progress.borrow().version.clone()
     }
 
     /// Lets go what is held, or what comes to be.
@@ -191,6 +199,7 @@ struct Talk {
     progress: watch::Sender<Progress>,
     decided: watch::Receiver<Option<bool>>,
     private_network: bool,
+    log_level: Option<u8>,
     /// Pid of the init being restored.
     init: Option<i32>,
     /// What CRIU is to be sent once it is let go.
@@ -254,7 +263,10 @@ impl Talk {
     async fn heard_criu(&mut self, message: Message, spoken: &mut Option<bool>) -> io::Result<()> {
         match rpc::parse(&message.bytes) {
             Some(FromCriu::Notify { script, pid }) => self.step(message, &script, pid).await,
-            Some(FromCriu::Answer { success }) => {
+            Some(FromCriu::Answer { success, version }) => {
+                if version.is_some() {
+                    self.progress.send_modify(|p| p.version = version);
+                }
                 *spoken = Some(success);
                 send(&self.runc, &message).await
             }
@@ -287,7 +299,7 @@ impl Talk {
                 };
                 send(&self.criu, &Message::plain(rpc::answer(ready))).await?;
                 if script == "post-resume" {
-                    self.progress.send_modify(|p| p.resumed = Some(Instant::now()));
+                    self.progress.send_modify(|p| p.resumed = true);
                 }
                 Ok(())
             }
@@ -300,8 +312,12 @@ impl Talk {
             self.answer = Some(Answer::ForCriu(message));
             return Ok(());
         }
-        let folders = (wrapper::IMAGES_FD, wrapper::WORK_FD);
-        match rpc::amend(&message.bytes, folders.0, folders.1) {
+        let changes = Changes {
+            images_fd: wrapper::IMAGES_FD,
+            work_fd: wrapper::WORK_FD,
+            log_level: self.log_level,
+        };
+        match rpc::amend(&message.bytes, changes) {
             Some(bytes) => send(&self.criu, &Message { bytes, ..message }).await,
             None => send(&self.criu, &message).await,
         }

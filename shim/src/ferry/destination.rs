@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ferry_oci::api::ferry::{Phase, ReleaseResponse, RestoreRequest, RestoreResponse};
+use ferry_oci::awake::Awake;
 use ferry_oci::criu::FastTar;
+use ferry_oci::criu::rpc::QUIET;
 use ferry_oci::fast::{self, Fast};
 use ferry_oci::paths;
 use ferry_oci::record::{Decision, Record};
@@ -13,7 +15,7 @@ use log::warn;
 
 use super::lease::Lease;
 use super::moves::{Move, Side};
-use super::source::micros;
+use super::source::{awake, micros};
 use crate::container::{Container, Extras, Held, HoldParams, PreparedRestore, RestoreParams};
 use crate::error::{Context as _, Error, Result};
 
@@ -35,6 +37,8 @@ pub(super) struct AtDestination {
     waiting: Option<PreparedRestore>,
     /// Until it is decided.
     held: Option<Held>,
+    /// As long as its clients wait.
+    awake: Option<Awake>,
 }
 
 impl AtDestination {
@@ -60,7 +64,8 @@ impl Move {
         let decided = Some(paths::decided(migration));
         let fast = fast::parse(&request.fast);
         let tar = fast.contains(&Fast::Tar).then(FastTar::find).flatten();
-        let extras = Extras { tar, ..Extras::default() };
+        let log_level = fast.contains(&Fast::Log).then_some(QUIET);
+        let extras = Extras { tar, log_level, ..Extras::default() };
         self.enter(Phase::PHASE_RESTORING, migration);
         let waiting = match container.prepare_restore(params, decided, private, &extras).await {
             Ok(waiting) => waiting,
@@ -76,6 +81,7 @@ impl Move {
             container,
             waiting: Some(waiting),
             held: None,
+            awake: None,
         }));
         self.enter(Phase::PHASE_WAITING, migration);
         if !alive {
@@ -94,6 +100,7 @@ impl Move {
         lease: Lease,
     ) -> Result<RestoreResponse> {
         let start = Instant::now();
+        let awake = fast::parse(&request.fast).contains(&Fast::Awake).then(awake).flatten();
         let migration = &request.migration;
         let waiting = match side {
             Side::Destination(destination) => destination.waiting.take(),
@@ -130,6 +137,7 @@ impl Move {
             container,
             waiting: None,
             held: Some(held),
+            awake,
         }));
         self.enter(Phase::PHASE_HELD, migration);
         if !alive {
@@ -159,7 +167,9 @@ impl Move {
         }
         // Undecided is over, and so is what hangs on the lease.
         self.enter(Phase::PHASE_RELEASING, &destination.migration);
-        match held.release(RELEASE).await {
+        let released = held.release(RELEASE).await;
+        destination.awake = None;
+        match released {
             Ok(_) => {
                 self.enter(Phase::PHASE_RELEASED, &destination.migration);
                 Ok(ReleaseResponse { release_us: micros(start), ..Default::default() })
@@ -185,6 +195,7 @@ impl Move {
             (None, Some(held)) => held.abort().await,
             (None, None) => return,
         }
+        destination.awake = None;
         self.enter(Phase::PHASE_FAILED, &destination.migration);
     }
 }

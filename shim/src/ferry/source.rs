@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use ferry_oci::api::ferry::{
     DumpResponse, FreezeRequest, FreezeResponse, Phase, PrepareDumpRequest, PrepareDumpResponse,
 };
+use ferry_oci::awake::Awake;
+use ferry_oci::criu::rpc::QUIET;
 use ferry_oci::criu::{DumpOptions, FastTar, Hiding, NetworkLock, RECORD_FILE, find_library};
 use ferry_oci::fast::{self, Fast};
 use ferry_oci::freezer::Freezer;
@@ -46,6 +48,8 @@ pub(super) struct AtSource {
     /// What is announced again on a rollback, and where: the clients have been led away.
     announce: Option<(Ipv4Addr, String)>,
     fast: Vec<Fast>,
+    /// As long as its clients wait.
+    awake: Option<Awake>,
     /// A dump that waits, or is held at its end.
     dump: Option<PreparedDump>,
     /// Written down: the destination shall run it.
@@ -168,6 +172,7 @@ impl Move {
             lock,
             announce,
             fast,
+            awake: None,
             dump: None,
             committed: false,
             reservation: None,
@@ -292,6 +297,7 @@ impl Move {
         {
             warn!("announce {ip} on {device} again: {error}");
         }
+        source.awake = None;
         // Its clients are served again: taking the tables away takes 10 ms and more.
         if source.lock.take().is_some() {
             let migration = source.migration.clone();
@@ -320,6 +326,7 @@ impl Move {
         }
         record.write().context("write the record of the commit")?;
         source.committed = true;
+        source.awake = None;
         self.enter(Phase::PHASE_COMMITTED, &source.migration);
         Ok(())
     }
@@ -376,6 +383,7 @@ struct Away<'a> {
 async fn freeze_and_lock(source: &mut AtSource, addresses: &[Ipv4Addr]) -> Result<FreezeResponse> {
     source.reservation = Some(source.container.reserve("is being migrated")?);
     must_run(&source.container)?;
+    source.awake = source.takes(Fast::Awake).then(awake).flatten();
     let took = freeze(source).await?;
     let start = Instant::now();
     if source.lock.is_none() {
@@ -386,6 +394,11 @@ async fn freeze_and_lock(source: &mut AtSource, addresses: &[Ipv4Addr]) -> Resul
     }
     let freeze_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
     Ok(FreezeResponse { lock_us: micros(start), freeze_us, ..Default::default() })
+}
+
+/// Where the kernel refuses, processors sleep as ever.
+pub(super) fn awake() -> Option<Awake> {
+    Awake::keep().inspect_err(|error| warn!("keep the processors awake: {error}")).ok()
 }
 
 /// How long it took.
@@ -415,8 +428,10 @@ async fn prepare_lock(migration: &str, addresses: &[Ipv4Addr]) -> Result<Option<
 /// What CRIU is given for its dump.
 fn extras(request: &PrepareDumpRequest, fast: &[Fast]) -> Result<Extras> {
     let tar = fast.contains(&Fast::Tar).then(FastTar::find).flatten();
+    let log_level = fast.contains(&Fast::Log).then_some(QUIET);
+    let extras = Extras { tar, log_level, ..Extras::default() };
     if request.hide_folder.is_empty() {
-        return Ok(Extras { tar, ..Extras::default() });
+        return Ok(extras);
     }
     let folder = paths::hide(&request.migration);
     if Path::new(&request.hide_folder) != folder {
@@ -426,7 +441,7 @@ fn extras(request: &PrepareDumpRequest, fast: &[Fast]) -> Result<Extras> {
     let library = find_library()
         .ok_or_else(|| Error::failed_precondition("the library that hides memory is missing"))?;
     Hiding::prepare(&folder, &library).context("make the folder of the orders")?;
-    Ok(Extras { preload: Some(library), hide: Some(folder), tar })
+    Ok(Extras { preload: Some(library), hide: Some(folder), ..extras })
 }
 
 fn must_run(container: &Container) -> Result<()> {
