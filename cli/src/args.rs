@@ -14,7 +14,7 @@ use ferry_oci::pages::tracker::Kind;
 use crate::migrate::memory::Wishes;
 use crate::migrate::{self, Options};
 use crate::network::address::Cidr;
-use crate::transport::ssh::Destination;
+use crate::transport::{Destination, unix};
 use crate::wire::messages::ContainerdAddress;
 use crate::{agent, pages, status};
 
@@ -52,7 +52,7 @@ enum Command {
     Migrate {
         /// Container id
         container: String,
-        /// Where to: `ssh://[user@]host[:port]`
+        /// Where to: `ssh://[user@]host[:port]`, or `unix:///path` where `ferry agent --listen` waits
         #[arg(long)]
         to: String,
         /// The address that the clients use, with its prefix length; it moves along
@@ -83,7 +83,7 @@ enum Command {
         /// Show the plan, change nothing
         #[arg(long)]
         dry_run: bool,
-        /// Command that starts ferry on the other host
+        /// Command that starts ferry on the other host, over ssh
         #[arg(long, default_value = "ferry")]
         remote_ferry: String,
     },
@@ -118,12 +118,16 @@ enum Command {
         #[arg(long)]
         dir: PathBuf,
     },
-    /// Serve a migration's destination (started by `ferry migrate` over ssh)
-    #[command(hide = true)]
+    /// Serve migrations that come to this host. Over ssh `ferry migrate` starts it by itself
+    #[command(group(clap::ArgGroup::new("stream").required(true).args(["stdio", "listen"])))]
     Agent {
-        /// Speak on standard input and output
-        #[arg(long, required = true)]
+        /// Speak on standard input and output, with one driver
+        #[arg(long)]
         stdio: bool,
+        /// Wait for drivers at a socket, `unix:///path`: for `--to` of the same URL, on the same
+        /// machine
+        #[arg(long, value_name = "URL")]
+        listen: Option<unix::Address>,
     },
 }
 
@@ -161,6 +165,9 @@ impl Args {
             namespace: self.namespace,
         };
         match self.command {
+            Command::Agent { listen: Some(address), .. } => {
+                agent::listen::listen(&address, self.verbose).await
+            }
             Command::Agent { .. } => agent::serve().await,
             Command::Status => status::show(self.json),
             Command::Drop { container, all: _ } => {

@@ -2,7 +2,8 @@
 # First process of a test host: started by the harness in fresh namespaces, with the root file
 # system of the machine still in view. Builds the host's own, moves into it and becomes its init.
 # Set by the harness: FERRY_BASE (the shared base system, read only), FERRY_DISK (this host's folder
-# on a real disk), FERRY_STATE (where the harness waits for `pid`), FERRY_NAME.
+# on a real disk), FERRY_SHARED (the lab's folder, which all its hosts see), FERRY_STATE (where the
+# harness waits for `pid`), FERRY_NAME.
 set -eu
 
 # The old proc is still mounted, so this is the process id as the machine sees it.
@@ -65,6 +66,8 @@ fi
 # A container's root cannot be an overlay on this overlay.
 mkdir -p var/lib/containerd
 mount --bind "$FERRY_DISK/containerd" var/lib/containerd
+mkdir -p srv/lab
+mount --bind "$FERRY_SHARED" srv/lab
 
 echo "$FERRY_NAME" >proc/sys/kernel/hostname
 # Serving lazy pages takes pipes of 4 MB.

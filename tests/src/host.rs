@@ -1,5 +1,6 @@
 //! One test host: a first process in namespaces of its own, and what runs below it.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::net::Ipv4Addr;
 use std::ops::Deref;
@@ -21,6 +22,8 @@ use crate::process;
 
 /// The host's first process, run by the machine's shell.
 const BOOT: &str = include_str!("../host/boot.sh");
+/// The one folder that all hosts of a lab see, and no other lab: for Unix sockets between them.
+pub const SHARED: &str = "/srv/lab";
 /// How long a host may take to start.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -32,14 +35,16 @@ pub(crate) struct Plan<'a> {
     pub(crate) number: u8,
     /// Whether it runs containerd and sshd.
     pub(crate) services: bool,
-    /// Root of the base system.
-    pub(crate) base: &'a Path,
+    /// Root of the base system, below the layers that are laid over it; with colons between them.
+    pub(crate) base: &'a OsStr,
     /// What `/var/lib/containerd` starts with.
     pub(crate) containerd: Option<&'a Path>,
     /// Folder of its process id and log.
     pub(crate) state: PathBuf,
     /// Folder on a real disk.
     pub(crate) disk: PathBuf,
+    /// Folder that all hosts of the lab see as [`SHARED`].
+    pub(crate) shared: &'a Path,
     /// The group it lives in.
     pub(crate) cgroup: Cgroup,
 }
@@ -78,6 +83,7 @@ impl Host {
             .arg(&script)
             .env("FERRY_BASE", plan.base)
             .env("FERRY_DISK", &plan.disk)
+            .env("FERRY_SHARED", plan.shared)
             .env("FERRY_STATE", &plan.state)
             .env("FERRY_NAME", plan.name)
             .current_dir("/")

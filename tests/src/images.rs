@@ -87,7 +87,8 @@ pub fn ensure() -> Result<PathBuf> {
 
 /// Removes base systems and images that this version does not use, unless some lab may.
 pub fn prune() -> Result<()> {
-    for (kind, key) in [("base", base::key()), ("images", key()?)] {
+    let kinds = [("base", base::key()), ("podman", base::podman_key()), ("images", key()?)];
+    for (kind, key) in kinds {
         let _lock = cache::lock(kind, FlockArg::LockExclusive)?;
         cache::prune(kind, &cache::place(kind, &key))?;
     }

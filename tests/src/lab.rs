@@ -1,5 +1,6 @@
 //! A lab: hosts, a client, and the switch between them.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -40,14 +41,19 @@ impl Lab {
     /// Starts `hosts` hosts called `a`, `b`, ... and a client, with the test images and with
     /// ferry's programs where they are built. First removes what killed tests left.
     pub fn start(hosts: u8) -> Result<Self> {
+        Self::start_over(hosts, &[])
+    }
+
+    /// [Lab::start] with more layers over the base system, the uppermost first.
+    pub fn start_over(hosts: u8, layers: &[PathBuf]) -> Result<Self> {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         let id = sweep::owned_id(COUNT.fetch_add(1, Ordering::Relaxed));
-        Self::build(id, hosts, true)
+        Self::build(id, hosts, true, layers)
     }
 
     /// Starts a lab that has no owner: it stays until [Lab::remove].
     pub fn start_kept(id: &str, hosts: u8) -> Result<Self> {
-        let mut lab = Self::build(id.to_owned(), hosts, true)?;
+        let mut lab = Self::build(id.to_owned(), hosts, true, &[])?;
         lab.keep = true;
         Ok(lab)
     }
@@ -56,7 +62,7 @@ impl Lab {
     pub(crate) fn bare() -> Result<Self> {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         let id = sweep::owned_id(1_000_000 + COUNT.fetch_add(1, Ordering::Relaxed));
-        Self::build(id, 1, false)
+        Self::build(id, 1, false, &[])
     }
 
     /// A kept lab that runs; none when none of its hosts does, or its start was cut short.
@@ -128,7 +134,7 @@ impl Lab {
         Ok(programs)
     }
 
-    fn build(id: String, hosts: u8, with_images: bool) -> Result<Self> {
+    fn build(id: String, hosts: u8, with_images: bool, layers: &[PathBuf]) -> Result<Self> {
         prereq::check()?;
         if !(1..=MOST_HOSTS).contains(&hosts) {
             bail!("a lab has 1 to {MOST_HOSTS} hosts, not {hosts}");
@@ -137,17 +143,19 @@ impl Lab {
         let base = base::ensure()?;
         let template = if with_images { Some(images::ensure()?) } else { None };
         let mut lab = Self { id, keep: false, switch: None, hosts: Vec::new(), client: None };
-        lab.bring_up(hosts, &base, template.as_deref())
+        let layers: Vec<_> = layers.iter().chain([&base]).map(|path| path.as_os_str()).collect();
+        lab.bring_up(hosts, &layers.join(OsStr::new(":")), template.as_deref())
             .with_context(|| format!("start lab {}", lab.id))?;
         Ok(lab)
     }
 
-    fn bring_up(&mut self, hosts: u8, base: &Path, containerd: Option<&Path>) -> Result<()> {
+    fn bring_up(&mut self, hosts: u8, base: &OsStr, containerd: Option<&Path>) -> Result<()> {
         let cgroup = Cgroup::of_lab(&self.id)?;
         cgroup.create()?;
         let (state, disk) = (sweep::state(&self.id), sweep::disk(&self.id));
         fs::create_dir_all(&state).context("make the lab's state folder")?;
-        fs::create_dir_all(&disk).context("make the lab's disk folder")?;
+        let shared = disk.join("shared");
+        fs::create_dir_all(&shared).context("make the lab's disk folder")?;
         std::os::unix::fs::symlink(&disk, state.join("disk")).context("note the lab's disk")?;
 
         let switch = self.start_switch(&cgroup)?;
@@ -163,6 +171,7 @@ impl Lab {
                 containerd: containerd.filter(|_| services),
                 state: state.join("hosts").join(name),
                 disk: disk.join(name),
+                shared: &shared,
                 cgroup: cgroup.child(name),
             })?;
             host.connect(&switch)?;

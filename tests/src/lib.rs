@@ -12,7 +12,8 @@
 //!
 //! A host is the first process of fresh network, mount, pid, uts, ipc, cgroup and time namespaces.
 //! Its root is an overlay over the one cached [base] system. Nothing is shared between hosts:
-//! neither `/dev/shm`, `/run` and `/tmp` nor cgroups, clocks or descriptors.
+//! neither `/dev/shm`, `/run` and `/tmp` nor cgroups, clocks or descriptors; only the folder
+//! [`host::SHARED`], for Unix sockets between them.
 //!
 //! ```no_run
 //! # fn main() -> anyhow::Result<()> {

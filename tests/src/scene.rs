@@ -1,5 +1,6 @@
 //! Two hosts with ferry, a container on one of them, and what is left behind on either.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -28,7 +29,15 @@ impl Scene {
     /// # Errors
     /// When they do not start, or ferry has not been built.
     pub fn start() -> Result<Self> {
-        let lab = Lab::start(2)?;
+        Self::start_over(&[])
+    }
+
+    /// [`Self::start`] with more layers over the base system, the uppermost first.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_over(layers: &[PathBuf]) -> Result<Self> {
+        let lab = Lab::start_over(2, layers)?;
         let installed = lab.install_ferry()?;
         ensure!(installed.len() >= 2, "build first: cargo build --workspace (found {installed:?})");
         Ok(Self { lab })

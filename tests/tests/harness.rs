@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use ferry_tests::cgroup::Cgroup;
+use ferry_tests::host::SHARED;
 use ferry_tests::{Host, Lab, exec, process, sweep};
 use serde_json::Value;
 
@@ -46,7 +47,7 @@ fn a_host_runs_containers_of_every_image() -> Result<()> {
 }
 
 #[test]
-fn hosts_share_no_namespace_folder_or_descriptor() -> Result<()> {
+fn hosts_share_one_folder_and_no_namespace_or_descriptor() -> Result<()> {
     let lab = Lab::start(2)?;
     let (a, b) = (lab.host("a"), lab.host("b"));
     for kind in ["cgroup", "ipc", "mnt", "net", "pid", "time", "uts"] {
@@ -61,6 +62,8 @@ fn hosts_share_no_namespace_folder_or_descriptor() -> Result<()> {
         assert!(!b.output(&format!("test -e {file}"))?.status.success(), "{file} is on b");
         assert!(!Path::new(&file).exists(), "{file} is on this machine");
     }
+    a.run(&format!("touch {SHARED}/{probe}"))?;
+    b.run(&format!("test -e {SHARED}/{probe}"))?;
     for host in [a, b] {
         let open = host.run("readlink /proc/1/fd/*")?.stdout;
         assert_eq!(open, "/dev/null\n/var/log/init.log\n/var/log/init.log\n");
@@ -125,12 +128,13 @@ fn labs_side_by_side_do_not_meet() -> Result<()> {
         lab.host("a").run(&format!(
             "ctr run -d --net-host docker.io/library/redis:latest same &&
              for i in $(seq 100); do redis-cli ping 2>/dev/null && break; sleep 0.05; done &&
-             redis-cli set word {word}"
+             redis-cli set word {word} && touch {SHARED}/{word}"
         ))?;
     }
     for (lab, word) in [(&one, "one"), (&two, "two")] {
         let answer = lab.client().run("redis-cli -h 10.77.0.1 get word")?.stdout;
         assert_eq!(answer.trim(), word);
+        assert_eq!(lab.host("a").run(&format!("ls {SHARED}"))?.stdout.trim(), word);
     }
     let links = exec::run(Command::new("ip").args(["-brief", "link"]))?.stdout;
     assert!(!links.contains("port-") && !links.contains("br0"), "links on this machine: {links}");

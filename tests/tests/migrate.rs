@@ -4,10 +4,14 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use ferry_tests::host::SHARED;
+use ferry_tests::memory::wait_for_fill;
 use ferry_tests::scene::{
     FLOATING, RUNTIME, finish_client, go_on, stop_at, task_state, traces, wait_for_traces,
+    wait_for_traces_but_pages,
 };
 use ferry_tests::{Host, Scene};
+use nix::sys::signal::Signal;
 
 /// Connections of redis on `host`: local and remote address of each.
 fn connections(host: &Host) -> Result<BTreeSet<String>> {
@@ -59,6 +63,59 @@ fn redis_crosses_there_and_back_three_times_under_load() -> Result<()> {
     }
     wait_for_traces(scene.host("a"), &with_redis, "after three rounds")?;
     wait_for_traces(scene.host("b"), &without, "after three rounds")
+}
+
+#[test]
+fn redis_crosses_through_a_unix_socket_whose_connection_is_the_lease() -> Result<()> {
+    let scene = Scene::start()?;
+    scene.start_redis("a", 10_000)?;
+    let (a, b) = (scene.host("a"), scene.host("b"));
+    let url = format!("unix://{SHARED}/b.sock");
+    let command = format!("ferry migrate redis --to {url} --ip {FLOATING}/24 --json");
+    let cure = format!("ferry agent --listen {url}");
+    let refused = a.output(&command)?;
+    ensure!(!refused.status.success() && refused.stderr.contains(&cure), "{refused}");
+
+    let clean = traces(b)?;
+    let agent = b.spawn(&format!("exec {cure}"))?;
+    b.wait_until("its agent listens", |h| {
+        h.output(&format!("test -S {SHARED}/b.sock")).is_ok_and(|o| o.status.success())
+    })?;
+    let mode = b.run(&format!("stat -c %a {SHARED}/b.sock"))?.stdout;
+    assert_eq!(mode.trim(), "600");
+    let listening = traces(b)?;
+    let client = scene.start_client(4)?;
+    let tuples = connections(a)?;
+    ensure!(tuples.len() == 4, "{tuples:?}");
+
+    // Held there and not committed: what was made goes with the driver's connection.
+    let driver = a.spawn(&format!("FERRY_FAULT=commit:/tmp/fault exec {command}"))?;
+    a.wait_until("the restore is held", |h| {
+        h.output("test -e /tmp/fault").is_ok_and(|o| o.status.success())
+    })
+    .with_context(|| format!("built with fault-points? stderr: {}", driver.stderr()))?;
+    ensure!(task_state(b, "redis")?.is_some(), "nothing was made there");
+    driver.signal(Signal::SIGKILL);
+    drop(driver);
+    wait_for_traces_but_pages(b, &listening, "after its driver was killed")?;
+    assert_eq!(connections(a)?, tuples);
+
+    let report = a.run(&command)?.stdout;
+    ensure!(report.contains(&format!("\"destination\": \"{url}\"")), "{report}");
+    assert_eq!(task_state(b, "redis")?.as_deref(), Some("RUNNING"));
+    assert_eq!(connections(b)?, tuples);
+    finish_client(client)?;
+
+    // The listener goes with its socket, and what it started stays.
+    wait_for_fill(b)?;
+    let ended = agent.stop()?;
+    ensure!(ended.status.success(), "{ended}");
+    ensure!(a.output(&format!("test -e {SHARED}/b.sock"))?.status.code() == Some(1), "it is left");
+    b.run(&format!(
+        "redis-cli -h 127.0.0.1 ping && ctr task rm --force redis && ctr container rm redis && \
+         ip addr del {FLOATING}/24 dev eth0"
+    ))?;
+    wait_for_traces(b, &clean, "after the listener ended")
 }
 
 #[test]

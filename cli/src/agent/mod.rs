@@ -1,4 +1,4 @@
-//! `ferry agent --stdio`: the destination's end of a migration.
+//! `ferry agent --stdio`: the destination's end of a migration, started by ssh or by [`listen`].
 //!
 //! Answers one request after the other on its standard output. Its input is the lease: when that
 //! ends before the commit, everything the migration made here is undone.
@@ -6,6 +6,7 @@
 pub(crate) mod cleanup;
 mod destination;
 mod incoming;
+pub(crate) mod listen;
 mod memory;
 mod settle;
 

@@ -9,8 +9,8 @@ use ferry_oci::record::{Decision, Record};
 
 use super::{Options, fault, hostname, source};
 use crate::network::address::Cidr;
+use crate::transport::Destination;
 use crate::transport::link::{Link, unexpected};
-use crate::transport::ssh::Destination;
 use crate::wire::messages::{ContainerdAddress, Outcome, Reply, Request};
 use ferry_cli::phase::Phase;
 

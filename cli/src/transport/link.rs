@@ -6,11 +6,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, BufWriter};
-use tokio::process::{ChildStdin, ChildStdout};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use super::ssh::{Destination, Session};
+use super::{Destination, Input, Output, Session};
 use crate::wire::codec::{self, Frame, MAX_DATA};
 use crate::wire::messages::{ContainerdAddress, Reply, Request};
 
@@ -22,8 +21,8 @@ const STALL: Duration = Duration::from_secs(60);
 /// A connection to the agent on the destination.
 pub(crate) struct Link {
     session: Session,
-    output: BufReader<ChildStdout>,
-    input: BufWriter<ChildStdin>,
+    output: BufReader<Output>,
+    input: BufWriter<Input>,
     host: String,
     /// Bytes written to the agent, frames included.
     sent: u64,
@@ -39,7 +38,7 @@ impl Link {
         agent: &str,
         containerd: ContainerdAddress,
     ) -> Result<Self> {
-        let (session, output, input) = Session::open(to, agent)?;
+        let (session, output, input) = Session::open(to, agent).await?;
         let mut link = Self {
             session,
             output: BufReader::with_capacity(1 << 16, output),

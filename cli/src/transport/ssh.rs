@@ -13,20 +13,19 @@ const KEPT: usize = 4096;
 
 /// Where the agent is: `ssh://[user@]host[:port]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Destination {
+pub(crate) struct Remote {
     user: Option<String>,
     host: String,
     port: Option<u16>,
 }
 
-impl FromStr for Destination {
+impl FromStr for Remote {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let Some(rest) = text.strip_prefix("ssh://") else {
-            let scheme = text.split_once("://").map_or(text, |(scheme, _)| scheme);
-            return Err(format!("{scheme}: only ssh://[user@]host[:port] is known"));
-        };
+        let rest = text
+            .strip_prefix("ssh://")
+            .ok_or_else(|| format!("{text} names no host: write ssh://root@host-b"))?;
         let (user, place) = match rest.split_once('@') {
             Some((user, place)) => (Some(user.to_owned()), place),
             None => (None, rest),
@@ -50,7 +49,7 @@ impl FromStr for Destination {
     }
 }
 
-impl Destination {
+impl Remote {
     /// The host as a person would name it.
     pub(crate) fn host(&self) -> &str {
         &self.host
@@ -93,7 +92,7 @@ impl Session {
     /// # Errors
     /// When ssh itself cannot be started. A host that cannot be reached is noticed when the stream
     /// ends; [`Session::diagnose`] tells why then.
-    pub(crate) fn open(to: &Destination, agent: &str) -> Result<(Self, ChildStdout, ChildStdin)> {
+    pub(crate) fn open(to: &Remote, agent: &str) -> Result<(Self, ChildStdout, ChildStdin)> {
         let mut child = Command::new("ssh")
             .args(to.arguments())
             .arg(agent)
@@ -150,26 +149,26 @@ mod tests {
 
     #[test]
     fn hosts_are_taken_from_urls() {
-        let to: Destination = "ssh://root@10.77.0.2:2222".parse().unwrap();
+        let to: Remote = "ssh://root@10.77.0.2:2222".parse().unwrap();
         assert_eq!(
             to,
-            Destination { user: Some("root".into()), host: "10.77.0.2".into(), port: Some(2222) }
+            Remote { user: Some("root".into()), host: "10.77.0.2".into(), port: Some(2222) }
         );
-        assert_eq!("ssh://[fd00::2]".parse::<Destination>().unwrap().host, "fd00::2");
-        assert_eq!("ssh://b".parse::<Destination>().unwrap().host(), "b");
+        assert_eq!("ssh://[fd00::2]".parse::<Remote>().unwrap().host, "fd00::2");
+        assert_eq!("ssh://b".parse::<Remote>().unwrap().host(), "b");
     }
 
     #[test]
     fn bad_urls_are_refused() {
         for (text, part) in [
-            ("tls://b", "only ssh://"),
-            ("b", "only ssh://"),
+            ("unix:///b", "names no host"),
+            ("b", "names no host"),
             ("ssh://", "names no host"),
             ("ssh://-oProxyCommand=x", "names no host"),
             ("ssh://-x@b", "names no host"),
             ("ssh://b:port", "no port"),
         ] {
-            let error = text.parse::<Destination>().unwrap_err();
+            let error = text.parse::<Remote>().unwrap_err();
             assert!(error.contains(part), "{text}: {error}");
         }
     }

@@ -35,6 +35,20 @@ impl Link {
     }
 }
 
+/// What is looked at while it moves, beside the pause.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Watch {
+    /// How long a client that asks every millisecond gets no answer.
+    Gap,
+    /// The same, and how long a client that tries a new connection every millisecond gets none.
+    NewConnections,
+    /// What gets done under a fixed load, before it moves and while its memory is copied.
+    Throughput,
+}
+
+/// A way, and how often a cell is moved so if the command line does not say.
+pub(crate) type Times = (Way, usize);
+
 /// One line of the benchmark, for each of its ways.
 #[derive(Debug, Clone)]
 pub(crate) struct Cell {
@@ -42,58 +56,93 @@ pub(crate) struct Cell {
     pub(crate) name: &'static str,
     /// What is moved.
     pub(crate) workload: Workload,
-    /// How, one after the other.
-    pub(crate) ways: &'static [Way],
+    /// What is looked at.
+    pub(crate) watch: Watch,
+    /// How it is moved, one after the other.
+    pub(crate) ways: Vec<Times>,
     /// Over what.
     pub(crate) link: Link,
-    /// How often in each way, if the command line does not say.
-    pub(crate) moves: usize,
     /// Whether it runs when no cell is named.
     pub(crate) default: bool,
 }
 
-const ALL_WAYS: &[Way] = &[Way::Hand, Way::Stop, Way::Pre, Way::Auto];
-const HAND_AND_AUTO: &[Way] = &[Way::Hand, Way::Auto];
-const AUTO: &[Way] = &[Way::Auto];
+/// Every way; those that a goal is for more often.
+const EVERY: &[Times] = &[
+    (Way::Hand, 6),
+    (Way::HandLazy, 6),
+    (Way::Podman, 4),
+    (Way::Stop, 6),
+    (Way::Pre, 6),
+    (Way::Auto, 20),
+    (Way::AutoUnix, 6),
+];
+
+/// By hand and as ferry decides, so many times each.
+fn hand_and_auto(moves: usize) -> Vec<Times> {
+    vec![(Way::Hand, moves), (Way::Auto, moves)]
+}
 
 /// Every cell.
 pub(crate) fn all() -> Vec<Cell> {
     use Link::{Rate, Unlimited};
-    use Workload::{Idle, Python, Redis, RedisLoad, Tree, Writer};
-    let cell = |name, workload, ways, link, moves, default| Cell {
+    use Workload::{Idle, Python, Redis, RedisLoad, RedisRandom, Tree, Writer};
+    let cell = |name, workload, ways, link, default| Cell {
         name,
         workload,
+        watch: Watch::Gap,
         ways,
         link,
-        moves,
         default,
     };
-    let gigabit = Rate("1gbit");
+    let watched = |watch, cell| Cell { watch, ..cell };
+    let auto = |moves| vec![(Way::Auto, moves)];
+    let (gigabit, slow) = (Rate("1gbit"), Rate("100mbit"));
     vec![
-        cell("idle", Idle, ALL_WAYS, Unlimited, 6, true),
-        cell("redis-40", Redis { megabytes: 40 }, ALL_WAYS, Unlimited, 20, true),
-        cell("redis-400", Redis { megabytes: 400 }, ALL_WAYS, Unlimited, 20, true),
-        cell("redis-4g", Redis { megabytes: 4000 }, AUTO, Unlimited, 10, true),
-        cell("redis-4g-1gbit", Redis { megabytes: 4000 }, AUTO, gigabit, 2, true),
-        cell("writer-100-1gbit", Writer { rate: 100 }, HAND_AND_AUTO, gigabit, 10, true),
-        cell("redis-load", RedisLoad { megabytes: 40 }, HAND_AND_AUTO, Unlimited, 6, true),
-        cell("tree-50", Tree { children: 50 }, HAND_AND_AUTO, Unlimited, 6, true),
-        cell("python-200", Python { connections: 200 }, HAND_AND_AUTO, Unlimited, 6, true),
-        cell("writer-10", Writer { rate: 10 }, HAND_AND_AUTO, Unlimited, 6, false),
-        cell("writer-100", Writer { rate: 100 }, ALL_WAYS, Unlimited, 6, false),
-        cell("writer-500", Writer { rate: 500 }, HAND_AND_AUTO, Unlimited, 6, false),
-        cell("writer-10-1gbit", Writer { rate: 10 }, HAND_AND_AUTO, gigabit, 6, false),
-        cell("writer-10-100mbit", Writer { rate: 10 }, HAND_AND_AUTO, Rate("100mbit"), 4, false),
-        cell("redis-40-1gbit", Redis { megabytes: 40 }, HAND_AND_AUTO, gigabit, 10, false),
-        cell("redis-400-1gbit", Redis { megabytes: 400 }, HAND_AND_AUTO, gigabit, 10, false),
-        cell("redis-40-100mbit", Redis { megabytes: 40 }, HAND_AND_AUTO, Rate("100mbit"), 4, false),
+        cell("idle", Idle, hand_and_auto(6), Unlimited, true),
+        cell("redis-40", Redis { megabytes: 40 }, EVERY.to_vec(), Unlimited, true),
+        cell("redis-400", Redis { megabytes: 400 }, EVERY.to_vec(), Unlimited, true),
+        cell("redis-4g", Redis { megabytes: 4000 }, auto(10), Unlimited, true),
+        cell("redis-4g-1gbit", Redis { megabytes: 4000 }, auto(2), gigabit, true),
+        cell("writer-100-1gbit", Writer { rate: 100 }, hand_and_auto(10), gigabit, true),
+        cell("redis-load", RedisLoad { megabytes: 40 }, hand_and_auto(6), Unlimited, true),
+        cell("tree-50", Tree { children: 50 }, hand_and_auto(6), Unlimited, true),
+        cell("python-200", Python { connections: 200 }, hand_and_auto(6), Unlimited, true),
+        watched(
+            Watch::NewConnections,
+            cell("redis-40-new", Redis { megabytes: 40 }, hand_and_auto(6), Unlimited, true),
+        ),
+        watched(
+            Watch::Throughput,
+            cell("throughput", RedisRandom { megabytes: 400 }, auto(4), gigabit, true),
+        ),
+        cell("writer-10", Writer { rate: 10 }, hand_and_auto(6), Unlimited, false),
+        cell("writer-100", Writer { rate: 100 }, EVERY.to_vec(), Unlimited, false),
+        cell("writer-500", Writer { rate: 500 }, hand_and_auto(6), Unlimited, false),
+        cell("writer-10-1gbit", Writer { rate: 10 }, hand_and_auto(6), gigabit, false),
+        cell("writer-10-100mbit", Writer { rate: 10 }, hand_and_auto(4), slow, false),
+        cell("redis-40-1gbit", Redis { megabytes: 40 }, hand_and_auto(10), gigabit, false),
+        cell("redis-400-1gbit", Redis { megabytes: 400 }, hand_and_auto(10), gigabit, false),
+        cell("redis-40-100mbit", Redis { megabytes: 40 }, hand_and_auto(4), slow, false),
+        cell("redis-400-100mbit", Redis { megabytes: 400 }, hand_and_auto(2), slow, false),
     ]
 }
 
 impl Cell {
+    /// This cell with what the command line says.
+    pub(crate) fn with(mut self, ways: &[Way], moves: Option<usize>) -> Self {
+        let usual = |way: Way| self.ways.iter().find(|(w, _)| *w == way).map_or(6, |(_, n)| *n);
+        if !ways.is_empty() {
+            self.ways = ways.iter().map(|&way| (way, usual(way))).collect();
+        }
+        for (_, times) in &mut self.ways {
+            *times = moves.unwrap_or(*times);
+        }
+        self
+    }
+
     /// MB of memory that must be there: the source's, the destination's, and copies on the way.
     pub(crate) fn memory_needed(&self) -> u64 {
-        let copies = if self.ways.contains(&Way::Hand) { 4 } else { 3 };
+        let copies = if self.ways.iter().all(|(way, _)| way.is_ferry()) { 3 } else { 4 };
         self.workload.megabytes() * copies + 1024
     }
 }
@@ -109,5 +158,14 @@ mod tests {
         names.sort_unstable();
         names.dedup();
         assert_eq!(names.len(), count);
+    }
+
+    #[test]
+    fn the_command_line_replaces_ways_and_moves() {
+        let cell = || all().into_iter().find(|cell| cell.name == "redis-40").unwrap();
+        assert_eq!(cell().with(&[], None).ways, EVERY);
+        assert_eq!(cell().with(&[Way::Auto], None).ways, [(Way::Auto, 20)]);
+        assert_eq!(cell().with(&[Way::Auto], Some(3)).ways, [(Way::Auto, 3)]);
+        assert!(cell().with(&[], Some(2)).ways.iter().all(|(_, times)| *times == 2));
     }
 }

@@ -10,12 +10,14 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{Host, Job};
+use ferry_tests::Host;
 use serde::{Deserialize, Serialize};
+
+use crate::reporter::{self, Reporter};
 
 /// Between an answer and the next question.
 const INTERVAL: Duration = Duration::from_millis(1);
@@ -50,23 +52,19 @@ pub(crate) struct Seen {
 
 /// Asks until the input ends, then prints what was seen.
 pub(crate) fn run(ask: &Ask) -> Result<()> {
-    static STOP: AtomicBool = AtomicBool::new(false);
     let mut first = Line::connect(&ask.address)?;
     let idle: Result<Vec<_>> = (0..ask.idle).map(|_| Line::connect(&ask.address)).collect();
     let mut idle = idle?;
     for line in &mut idle {
         line.ask(&ask.say)?;
     }
-    std::thread::spawn(|| {
-        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
-        STOP.store(true, Ordering::Relaxed);
-    });
+    let ended = reporter::input_ended();
 
     let mut seen = Seen { longest_gap_ms: 0.0, answers: 0, lost: 0, error: None };
     first.ask(&ask.say)?;
     let mut last = Instant::now();
-    eprintln!("ready");
-    while !STOP.load(Ordering::Relaxed) {
+    reporter::say_ready();
+    while !ended.load(Ordering::Relaxed) {
         std::thread::sleep(INTERVAL);
         if let Err(e) = first.ask(&ask.say) {
             seen.lose(&e);
@@ -82,8 +80,7 @@ pub(crate) fn run(ask: &Ask) -> Result<()> {
             seen.lose(&e);
         }
     }
-    println!("{}", serde_json::to_string(&seen)?);
-    Ok(())
+    reporter::say(&seen)
 }
 
 impl Seen {
@@ -119,26 +116,15 @@ impl Line {
 }
 
 /// A client that runs.
-pub(crate) struct Client(Job);
+pub(crate) type Client = Reporter<Seen>;
 
-impl Client {
-    /// Starts a client on `host`, where this program is, and waits until it is connected.
-    pub(crate) fn start(host: &Host, ask: &Ask) -> Result<Self> {
-        let Ask { address, say, idle } = ask;
-        let mut job =
-            host.spawn(&format!("exec ferry-bench ask {address} --say {say} --idle {idle}"))?;
-        job.wait_for("ready", Duration::from_secs(20))?;
-        Ok(Self(job))
-    }
-
-    /// Ends it.
-    pub(crate) fn finish(mut self) -> Result<Seen> {
-        // Its input ends.
-        drop(self.0.stdin());
-        let output = self.0.wait(PATIENCE * 2)?;
-        let line = output.stdout.lines().last().with_context(|| format!("no report: {output}"))?;
-        serde_json::from_str(line).with_context(|| format!("read {line}"))
-    }
+/// Starts a client on `host` and waits until it is connected.
+///
+/// # Errors
+/// When it cannot connect.
+pub(crate) fn start(host: &Host, ask: &Ask) -> Result<Client> {
+    let Ask { address, say, idle } = ask;
+    Reporter::start(host, &format!("ask {address} --say {say} --idle {idle}"))
 }
 
 #[cfg(test)]

@@ -1,14 +1,16 @@
-//! The move without ferry, as a careful administrator scripts it.
+//! The move without ferry, as a careful administrator scripts it, with stock runc and CRIU: all
+//! memory in the pause, or fetched after it by CRIU's lazy pages.
 //!
 //! Images lie in memory at both ends, one ssh connection carries them, the address goes before it
 //! is added elsewhere, is added before sockets are bound to it, and is announced at once.
 
 use std::fs;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use ferry_tests::Host;
 use ferry_tests::scene::FLOATING;
 
+use crate::script;
 use crate::ways::Took;
 use crate::workloads::Workload;
 
@@ -31,19 +33,16 @@ rm -f /tmp/runc.log
 runc --log /tmp/runc.log run --detach hand </dev/null >/dev/null 2>&1 ||
     { cat /tmp/runc.log >&2; exit 1; }";
 
-/// Run on the host that is left; `$TO` is the other. Prints names and nanoseconds.
+/// Run on the host that is left.
 const MOVE: &str = r#"
-set -eu
-resident=$(runc ps hand | awk 'NR > 1 {print "/proc/" $2 "/smaps_rollup"}' |
-    xargs awk '/^Rss:/ {sum += $2} END {print sum * 1024}')
-echo resident $resident
-echo begin $(date +%s%N)
+resident $(runc ps hand | awk 'NR > 1 {print $2}')
+at begin
 images=/run/hand/images
 mkdir -p $images
 ssh $TO mkdir -p $images
-echo start $(date +%s%N)
-runc checkpoint --tcp-established --image-path $images --work-path /run/hand hand
-echo checkpoint $(date +%s%N)
+at start
+runc checkpoint --tcp-established --tcp-skip-in-flight --image-path $images --work-path /run/hand hand
+at checkpoint
 ip addr del $FLOATING/24 dev eth0
 tar -C $images -cf - . | ssh $TO "
     set -eu
@@ -54,6 +53,40 @@ tar -C $images -cf - . | ssh $TO "
         --image-path $images --work-path /run/hand hand </dev/null >/dev/null 2>&1
     arping -q -A -c 1 -I eth0 $FLOATING
     echo restore \$(date +%s%N)"
+"#;
+
+/// The same with lazy pages: CRIU says when it would serve them, the images without memory are
+/// copied, and a daemon there fetches the memory from the source while the container runs. The
+/// source's tasks end, by runc, when the last page has been fetched.
+const MOVE_LAZY: &str = r#"
+resident $(runc ps hand | awk 'NR > 1 {print $2}')
+at begin
+images=/run/hand/images
+mkdir -p $images
+mkfifo /run/hand/ready
+ssh $TO mkdir -p $images
+at start
+runc checkpoint --tcp-established --tcp-skip-in-flight --lazy-pages --page-server $FROM:27000 --status-fd 5 \
+    --image-path $images --work-path /run/hand hand 5>/run/hand/ready >/run/hand/log 2>&1 &
+# Only when it is ready there is a byte: the pipe also ends with a runc that fails.
+[ $(head -c 1 /run/hand/ready | wc -c) = 1 ] || { cat /run/hand/log >&2; exit 1; }
+at checkpoint
+ip addr del $FLOATING/24 dev eth0
+tar -C $images -cf - . | ssh $TO "
+    set -eu
+    tar -C $images -xf -
+    echo copy \$(date +%s%N)
+    criu lazy-pages --page-server --address $FROM --port 27000 \
+        --images-dir $images --work-dir /run/hand --log-file lazy.log </dev/null >/dev/null 2>&1 &
+    ip addr add $FLOATING/24 dev eth0
+    until [ -S /run/hand/lazy-pages.socket ]; do sleep 0.001; done
+    runc restore --detach --tcp-established --lazy-pages --bundle /var/lib/containerd/hand \
+        --image-path $images --work-path /run/hand hand </dev/null >/dev/null 2>&1
+    arping -q -A -c 1 -I eth0 $FLOATING
+    echo restore \$(date +%s%N)
+    wait \$! || { tail -n 5 /run/hand/lazy.log >&2; exit 1; }"
+wait $! || { cat /run/hand/log >&2; exit 1; }
+at end
 "#;
 
 /// Starts `workload` on `host`, with its bundle on both.
@@ -79,52 +112,11 @@ pub(crate) fn start(workload: Workload, host: &Host, other: &Host) -> Result<()>
     Ok(())
 }
 
-/// Moves it.
+/// Moves it, its memory after the pause if `lazy`.
 ///
 /// # Errors
 /// When it did not arrive.
-pub(crate) fn go(from: &Host, to: &Host) -> Result<Took> {
-    for host in [from, to] {
-        host.run("rm -rf /run/hand")?;
-    }
-    let script = format!("TO={}\nFLOATING={FLOATING}\n{MOVE}", to.address());
-    let output = from.output(&script)?;
-    ensure!(output.status.success(), "the move by hand: {output}");
-    read(&output.stdout).with_context(|| format!("read {output}"))
-}
-
-/// What [`MOVE`] prints.
-fn read(text: &str) -> Result<Took> {
-    let lines: Vec<(&str, u64)> = text
-        .lines()
-        .filter_map(|line| line.split_once(' '))
-        .filter_map(|(name, number)| Some((name, number.parse().ok()?)))
-        .collect();
-    let names: Vec<_> = lines.iter().map(|(name, _)| *name).collect();
-    let wanted = ["resident", "begin", "start", "checkpoint", "copy", "restore"];
-    ensure!(names == wanted, "unexpected lines: {names:?}");
-    let ms = |from: usize, to: usize| lines[to].1.saturating_sub(lines[from].1) as f64 / 1e6;
-    Ok(Took {
-        pause_ms: ms(2, 5),
-        steps: (3..6).map(|n| (names[n].to_owned(), ms(n - 1, n))).collect(),
-        total_ms: ms(1, 5),
-        resident: lines[0].1,
-        report: None,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_pause_by_hand_is_from_checkpoint_to_announcement() {
-        let text = "resident 4096\nbegin 1000000\nstart 3000000\ncheckpoint 5000000\n\
-                    copy 6500000\nrestore 9000000\n";
-        let took = read(text).unwrap();
-        assert_eq!((took.pause_ms, took.total_ms, took.resident), (6.0, 8.0, 4096));
-        let steps: Vec<_> = took.steps.iter().map(|(_, ms)| *ms).collect();
-        assert_eq!(steps, [2.0, 1.5, 2.5]);
-        assert!(read("resident 1\nbegin 2\n").is_err());
-    }
+pub(crate) fn go(from: &Host, to: &Host, lazy: bool) -> Result<Took> {
+    let script = if lazy { MOVE_LAZY } else { MOVE };
+    script::run(from, to, script, &["checkpoint", "copy", "restore"])
 }

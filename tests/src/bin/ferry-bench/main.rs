@@ -2,7 +2,12 @@
 //!
 //! ```text
 //!  cells     workload x ways x link              what is moved
-//!  run       there and back, ways interleaved    one client asks every millisecond
+//!  ways      ferry's modes; hand, podman (script)
+//!  run       there and back, ways interleaved
+//!    client      asks every millisecond              the gap
+//!    connect     connects every millisecond          the first answer on a new connection
+//!    throughput  a fixed load (offer)                what is kept while memory is copied
+//!    peak        high-water marks                    memory that it takes
 //!  record    every single move                   --json
 //!  stats     percentiles by nearest rank
 //!  table     terminal, --markdown      svg --svg      profile --profile
@@ -13,13 +18,20 @@
 
 mod cells;
 mod client;
+mod connect;
 mod hand;
+mod offer;
+mod peak;
+mod podman;
 mod profile;
 mod record;
+mod reporter;
 mod run;
+mod script;
 mod stats;
 mod svg;
 mod table;
+mod throughput;
 mod ways;
 mod workloads;
 
@@ -30,7 +42,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
-use ferry_tests::{Scene, sweep};
+use ferry_tests::{Scene, base, sweep};
 use serde_json::json;
 
 use cells::Cell;
@@ -54,16 +66,24 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Action {
-    /// Move containers between test hosts, by hand and with ferry, and measure
+    /// Move containers between test hosts, by hand, with podman and with ferry, and measure
+    #[command(after_long_help = table::NOTES)]
     Migrate(Migrate),
     /// Ask a server every millisecond until the input ends
     #[command(hide = true)]
     Ask(client::Ask),
+    /// Connect to a server every millisecond until the input ends
+    #[command(hide = true)]
+    Connect(connect::Connect),
+    /// Put a fixed load on redis until the input ends
+    #[command(hide = true)]
+    Offer(offer::Offer),
 }
 
 #[derive(Args)]
 struct Migrate {
-    /// What to run, instead of the goal cells and one of each workload; may be repeated
+    /// What to run, instead of the goal cells and one of each workload (about 20 minutes on a machine
+    /// that has nothing else to do); may be repeated
     #[arg(long, value_name = "NAME")]
     cell: Vec<String>,
     /// The ways of moving, instead of those that the cell has; may be repeated
@@ -72,13 +92,13 @@ struct Migrate {
     /// Moves in each way, instead of the cell's
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     moves: Option<u32>,
-    /// Show the cells
+    /// Show the cells with their ways
     #[arg(long)]
     list: bool,
-    /// Write every single move there
+    /// Write every single move there, with ferry's own report of it
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Write the table there
+    /// Write the tables there
     #[arg(long, value_name = "FILE")]
     markdown: Option<PathBuf>,
     /// Draw the pauses there
@@ -97,6 +117,8 @@ fn main() -> ExitCode {
         }
         Action::Migrate(options) => sweep::remove_at_signal().and_then(|()| migrate(&options)),
         Action::Ask(ask) => client::run(&ask).map(|()| true),
+        Action::Connect(connect) => connect::run(&connect).map(|()| true),
+        Action::Offer(offer) => offer::run(&offer).map(|()| true),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,
@@ -113,18 +135,22 @@ fn main() -> ExitCode {
 
 fn list() {
     for cell in cells::all() {
-        let ways: Vec<_> = cell.ways.iter().map(|way| way.name()).collect();
+        let ways: Vec<_> =
+            cell.ways.iter().map(|(way, moves)| format!("{} {moves}", way.name())).collect();
         let mark = if cell.default { "*" } else { " " };
-        let (name, link, ways) = (cell.name, cell.link.name(), ways.join(" "));
-        say!("{mark} {name:<18} {link:<10} {ways:<20} {:>3} moves in each way", cell.moves);
+        say!("{mark} {:<18} {:<10} {}", cell.name, cell.link.name(), ways.join(", "));
     }
-    say!("* runs when no cell is named");
+    say!("Numbers are moves in each way; * runs when no cell is named.");
 }
 
 /// Whether ferry's moves all arrived with every connection.
 fn migrate(options: &Migrate) -> Result<bool> {
-    let cells = chosen(&options.cell)?;
-    let scene = Scene::start()?;
+    let moves = options.moves.map(|n| n as usize);
+    let cells: Vec<_> =
+        chosen(&options.cell)?.into_iter().map(|cell| cell.with(&options.way, moves)).collect();
+    let podman = cells.iter().any(|cell| cell.ways.iter().any(|(way, _)| *way == Way::Podman));
+    let layers: Result<Vec<_>> = podman.then(base::podman).into_iter().collect();
+    let scene = Scene::start_over(&layers?)?;
     let me = std::env::current_exe().context("find this program")?;
     scene.lab.client().install(&me, "/usr/local/bin/ferry-bench")?;
     let setting = Setting::of(scene.host("a"))?;
@@ -138,9 +164,7 @@ fn migrate(options: &Migrate) -> Result<bool> {
             skipped.push(format!("{}: needs {needed} MB of memory, {there} are free", cell.name));
             continue;
         }
-        let ways = if options.way.is_empty() { cell.ways } else { &options.way };
-        let count = options.moves.map_or(cell.moves, |n| n as usize);
-        let done = run::cell(&scene, cell, ways, count, |moved| {
+        let done = run::cell(&scene, cell, |moved| {
             say!("{}", moved.line());
             moves.push(moved);
         });
@@ -151,7 +175,7 @@ fn migrate(options: &Migrate) -> Result<bool> {
     drop(scene);
     report(options, &moves, &skipped, &setting)?;
     let clean = |m: &Move| m.error.is_none() && m.lost() == 0;
-    let ferry_is_clean = moves.iter().filter(|m| m.way != Way::Hand.name()).all(clean);
+    let ferry_is_clean = moves.iter().filter(|m| !Way::is_rival(m.way)).all(clean);
     Ok(ferry_is_clean && skipped.is_empty())
 }
 

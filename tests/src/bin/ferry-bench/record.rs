@@ -8,6 +8,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::client::Seen;
+use crate::connect::Connected;
+use crate::throughput::Throughput;
 use crate::ways::Took;
 
 /// One move, or one that failed.
@@ -33,12 +35,21 @@ pub(crate) struct Move {
     pub(crate) total_ms: Option<f64>,
     /// Resident memory, bytes.
     pub(crate) resident: Option<u64>,
-    /// What left the source's interface during the move, bytes.
+    /// What left the source's interface during the move, bytes; through a Unix socket what ferry
+    /// wrote to it.
     pub(crate) sent: Option<u64>,
+    /// Most memory that was in use on the source beyond what was before the move, bytes.
+    pub(crate) peak_source: Option<u64>,
+    /// The same on the destination, until all of the container's memory was in its place.
+    pub(crate) peak_destination: Option<u64>,
     /// Processor time of all that runs on both hosts during the move, seconds.
     pub(crate) cpu_s: Option<f64>,
     /// What the client saw.
     pub(crate) client: Option<Seen>,
+    /// What the client saw that tries a new connection every millisecond.
+    pub(crate) new: Option<Connected>,
+    /// What got done under a fixed load.
+    pub(crate) throughput: Option<Throughput>,
     /// Connections of the load that were lost.
     pub(crate) load_lost: usize,
     /// Why it failed.
@@ -54,6 +65,7 @@ impl Move {
         self.steps = took.steps;
         self.total_ms = Some(took.total_ms);
         self.resident = Some(took.resident);
+        self.sent = took.sent.or(self.sent);
         self.report = took.report;
     }
 
@@ -69,9 +81,18 @@ impl Move {
             return format!("{what}: FAILED: {}", self.error.as_deref().unwrap_or("?"));
         };
         let steps: Vec<_> = self.steps.iter().map(|(name, ms)| format!("{name} {ms:.1}")).collect();
-        let gap = self.client.as_ref().map_or("-".into(), |c| format!("{:.1}", c.longest_gap_ms));
+        let mut more = String::new();
+        if let Some(seen) = &self.client {
+            more += &format!(", gap {:.1} ms", seen.longest_gap_ms);
+        }
+        if let Some(new) = &self.new {
+            more += &format!(", new connection {:.1} ms", new.longest_gap_ms);
+        }
+        if let Some(kept) = self.throughput.as_ref().and_then(Throughput::kept) {
+            more += &format!(", kept {:.1} %", kept * 100.0);
+        }
         format!(
-            "{what}: pause {pause:.1} ms ({}), gap {gap} ms, total {:.2} s, lost {}",
+            "{what}: pause {pause:.1} ms ({}){more}, total {:.2} s, lost {}",
             steps.join(", "),
             self.total_ms.unwrap_or_default() / 1000.0,
             self.lost()
@@ -102,7 +123,8 @@ impl Setting {
             containerd $(containerd --version | awk '{print $3}'), \
             runc $(runc --version | awk 'NR == 1 {print $3}'), \
             criu $(criu --version | awk 'NR == 1 {print $2}'), \
-            redis $(redis-server --version | sed 's/.*v=\\([^ ]*\\).*/\\1/')";
+            redis $(redis-server --version | sed 's/.*v=\\([^ ]*\\).*/\\1/')\
+            $(podman --version 2>/dev/null | awk '{print \", podman \" $3}')";
         let words: Vec<_> = std::env::args().skip(1).collect();
         let loads = fs::read_to_string("/proc/loadavg").unwrap_or_default();
         Ok(Self {

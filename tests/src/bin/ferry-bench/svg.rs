@@ -5,6 +5,7 @@ use std::fmt::Write;
 
 use crate::record::Setting;
 use crate::table::Row;
+use crate::ways::Way;
 
 const WIDTH: f64 = 900.0;
 /// Left of it are the names.
@@ -55,7 +56,7 @@ pub(crate) fn draw(rows: &[Row], setting: &Setting) -> String {
         );
         let Some(pause) = row.pause else { continue };
         let [min, p50, p95, max] = [pause.min, pause.p50, pause.p95, pause.max].map(place);
-        let color = if way == "hand" { "#c44" } else { "#38a" };
+        let color = if Way::is_rival(way) { "#c44" } else { "#38a" };
         let _ = writeln!(
             svg,
             "<line x1=\"{min:.1}\" x2=\"{max:.1}\" y1=\"{y}\" y2=\"{y}\" stroke=\"{color}\"/>\n\

@@ -6,10 +6,12 @@ use anyhow::{Context, Result};
 use ferry_tests::scene::FLOATING;
 use ferry_tests::{Host, Job, Scene};
 
-use crate::client::{Ask, Client};
+use crate::client::{self, Ask, Client};
+use crate::offer;
 
-/// Bytes of a value in redis. With key and overhead it takes [`KEY_BYTES`].
-const VALUE: u64 = 1000;
+/// Where redis answers.
+pub(crate) const REDIS: &str = "10.77.0.100:6379";
+/// What a value of [`offer::VALUE`] bytes takes in redis with its key and all, bytes.
 const KEY_BYTES: u64 = 1133;
 /// Resident memory of an empty redis, MB.
 const EMPTY_REDIS: u64 = 7;
@@ -44,7 +46,9 @@ pub(crate) enum Workload {
     Idle,
     /// Redis with so much resident memory and no writes.
     Redis { megabytes: u64 },
-    /// The same, asked and written without pause.
+    /// The same, with content that cannot be compressed.
+    RedisRandom { megabytes: u64 },
+    /// Redis that is asked and written without pause.
     RedisLoad { megabytes: u64 },
     /// Writes MB/s of random content all over a working set.
     Writer { rate: u64 },
@@ -59,7 +63,9 @@ impl Workload {
     pub(crate) fn image(self) -> &'static str {
         match self {
             Self::Idle | Self::Tree { .. } => "docker.io/library/busybox:latest",
-            Self::Redis { .. } | Self::RedisLoad { .. } => "docker.io/library/redis:latest",
+            Self::Redis { .. } | Self::RedisRandom { .. } | Self::RedisLoad { .. } => {
+                "docker.io/library/redis:latest"
+            }
             Self::Writer { .. } => "docker.io/library/memory:latest",
             Self::Python { .. } => "docker.io/library/python:latest",
         }
@@ -69,7 +75,7 @@ impl Workload {
     pub(crate) fn command(self) -> String {
         match self {
             Self::Idle => "tail -f /dev/null".into(),
-            Self::Redis { .. } | Self::RedisLoad { .. } => {
+            Self::Redis { .. } | Self::RedisRandom { .. } | Self::RedisLoad { .. } => {
                 "redis-server --protected-mode no --save '' --enable-debug-command yes".into()
             }
             Self::Writer { rate } => {
@@ -87,7 +93,9 @@ impl Workload {
     pub(crate) fn ask(self) -> Option<Ask> {
         let (port, say, idle) = match self {
             Self::Idle | Self::Tree { .. } => return None,
-            Self::Redis { .. } | Self::RedisLoad { .. } => (6379, "PING", 0),
+            Self::Redis { .. } | Self::RedisRandom { .. } | Self::RedisLoad { .. } => {
+                (6379, "PING", 0)
+            }
             Self::Writer { .. } => (7778, "stats", 0),
             Self::Python { connections } => (7779, "ping", connections.saturating_sub(1)),
         };
@@ -97,9 +105,21 @@ impl Workload {
     /// Resident memory to expect, MB.
     pub(crate) fn megabytes(self) -> u64 {
         match self {
-            Self::Redis { megabytes } | Self::RedisLoad { megabytes } => megabytes,
+            Self::Redis { megabytes }
+            | Self::RedisRandom { megabytes }
+            | Self::RedisLoad { megabytes } => megabytes,
             Self::Writer { .. } => WORKING_SET,
             Self::Idle | Self::Tree { .. } | Self::Python { .. } => 50,
+        }
+    }
+
+    /// Keys that redis has.
+    pub(crate) fn keys(self) -> u64 {
+        match self {
+            Self::Redis { .. } | Self::RedisRandom { .. } | Self::RedisLoad { .. } => {
+                self.megabytes().saturating_sub(EMPTY_REDIS) * 1_000_000 / KEY_BYTES
+            }
+            _ => 0,
         }
     }
 
@@ -110,15 +130,22 @@ impl Workload {
     pub(crate) fn prepare(self, scene: &Scene, host: &Host) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(20);
         while let Some(ask) = self.ask() {
-            match Client::start(scene.lab.client(), &ask).and_then(Client::finish) {
+            match client::start(scene.lab.client(), &ask).and_then(Client::finish) {
                 Ok(_) => break,
                 Err(e) if Instant::now() > deadline => return Err(e).context("it does not answer"),
                 Err(_) => std::thread::sleep(Duration::from_millis(100)),
             }
         }
-        if let Self::Redis { megabytes } | Self::RedisLoad { megabytes } = self {
-            let keys = megabytes.saturating_sub(EMPTY_REDIS) * 1_000_000 / KEY_BYTES;
-            host.run(&format!("redis-cli debug populate {keys} key {VALUE}"))?;
+        let (keys, size) = (self.keys(), offer::VALUE);
+        match self {
+            Self::Redis { .. } | Self::RedisLoad { .. } => {
+                host.run(&format!("redis-cli debug populate {keys} key {size}"))?;
+            }
+            Self::RedisRandom { .. } => {
+                let fill = format!("ferry-bench offer {REDIS} --keys {keys} --rate 0");
+                scene.lab.client().run(&fill)?;
+            }
+            _ => {}
         }
         // Children are started, caches of the start are written.
         std::thread::sleep(Duration::from_millis(500));
@@ -138,5 +165,16 @@ impl Workload {
         ))?;
         job.wait_for("ready", Duration::from_secs(20))?;
         Ok(Some(job))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn redis_is_asked_where_its_address_is() {
+        let ask = Workload::Redis { megabytes: 40 }.ask().unwrap();
+        assert_eq!(ask.address, REDIS);
     }
 }
