@@ -21,12 +21,15 @@ pub enum Fast {
     Hide,
     /// A small `tar` of our own for the file systems in memory.
     Tar,
+    /// runc and CRIU run inside the container's network namespace where that has a path, so that
+    /// CRIU takes it for the host's and has nothing to do with it.
+    Netns,
 }
 
 impl Fast {
     /// All of them.
-    pub const ALL: [Self; 5] =
-        [Self::HeldDump, Self::HeldRestore, Self::Cgroups, Self::Hide, Self::Tar];
+    pub const ALL: [Self; 6] =
+        [Self::HeldDump, Self::HeldRestore, Self::Cgroups, Self::Hide, Self::Tar, Self::Netns];
 
     /// Name, as given to `--no-fast`.
     pub fn name(self) -> &'static str {
@@ -36,6 +39,7 @@ impl Fast {
             Self::Cgroups => "cgroups",
             Self::Hide => "hide",
             Self::Tar => "tar",
+            Self::Netns => "netns",
         }
     }
 
@@ -52,6 +56,7 @@ impl Fast {
             Self::Cgroups => "cgroups left to runc",
             Self::Hide => "memory hidden from the dump",
             Self::Tar => "fast tar",
+            Self::Netns => "runc inside the network namespace",
         }
     }
 }

@@ -3,7 +3,7 @@
 use ferry_oci::fast::Fast;
 use serde::Serialize;
 
-use super::container::ContainerFacts;
+use super::container::{ContainerFacts, Network};
 use super::host::HostFacts;
 
 /// What is said of one fast path in the plan.
@@ -51,6 +51,13 @@ fn why_not(fast: Fast, facts: &Facts<'_>) -> Option<String> {
         // Of the destination's it is enough to know that the real one is there.
         Fast::Tar if !facts.source.fast_tar => missing("ferry-tar"),
         Fast::Hide | Fast::Tar => None,
+        Fast::Netns => match facts.container.network {
+            // There it is anyhow.
+            Network::Host | Network::Path { .. } => None,
+            Network::Loopback | Network::Devices(_) => {
+                Some("the container's network namespace has no path".to_owned())
+            }
+        },
     }
 }
 
@@ -69,6 +76,7 @@ fn cgroups(facts: &Facts<'_>) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::container::Names;
     use super::super::samples::{container, host};
     use super::*;
 
@@ -97,6 +105,16 @@ mod tests {
         assert_eq!(names(&[Fast::Cgroups]), [Fast::Cgroups]);
         assert_eq!(names(&[Fast::HeldRestore]), [Fast::HeldRestore]);
         assert_eq!(names(&[Fast::HeldDump]), Fast::ALL);
+    }
+
+    #[test]
+    fn a_network_namespace_can_be_entered_only_if_it_is_there_before_the_container() {
+        let mut private = container();
+        private.network = Network::Loopback;
+        assert_eq!(off(&private, "1.3.6", &[])[0].0, Fast::Netns);
+        let path = "/run/netns/x".to_owned();
+        private.network = Network::Path { path, names: Names::Its };
+        assert_eq!(off(&private, "1.3.6", &[]), []);
     }
 
     #[test]

@@ -18,6 +18,7 @@ use log::warn;
 
 use super::lease::Lease;
 use super::moves::{Move, Side};
+use super::netns;
 use crate::container::{CheckpointParams, Container, Extras, PreparedDump, Reservation};
 use crate::containers::Containers;
 use crate::error::{Context as _, Error, Result};
@@ -47,6 +48,8 @@ pub(super) struct AtSource {
     locked: bool,
     /// The lock, where it was prepared.
     lock: Option<Prepared>,
+    /// It is in a network namespace that was given by path, where `lock` is.
+    given_netns: bool,
     /// What is announced again on a rollback, and where: the clients have been led away.
     announce: Option<(Ipv4Addr, String)>,
     /// A dump that waits, or is held at its end.
@@ -96,9 +99,10 @@ impl Move {
         must_run(&container)?;
         // Asked once and kept: not between freeze and resume.
         container.runtime().version().await;
-        let mut source = self.begin(container, &request.migration, lease, request.limit_s)?;
-        let fast = fast::parse(&request.fast);
         let locked = addresses(&request.lock_addresses)?;
+        let mut source =
+            self.begin(container, &request.migration, lease, request.limit_s, &locked)?;
+        let fast = fast::parse(&request.fast);
         if let Some(ip) = locked.first() {
             source.announce = Some((*ip, request.device.clone()));
             let ips: Vec<_> = locked.iter().copied().map(IpAddr::from).collect();
@@ -109,7 +113,10 @@ impl Move {
             }
         }
         // A private network has only loopback, which CRIU locks in there.
-        let lock = if locked.is_empty() { NetworkLock::Nftables } else { NetworkLock::Skip };
+        let lock = match locked.is_empty() && !source.given_netns {
+            true => NetworkLock::Nftables,
+            false => NetworkLock::Skip,
+        };
         let params = dump_params(&source, &fast, lock);
         let images = params.images.clone();
         let extras = extras(request, &fast)?;
@@ -146,9 +153,12 @@ impl Move {
         migration: &str,
         lease: Lease,
         limit_s: u32,
+        locked: &[Ipv4Addr],
     ) -> Result<AtSource> {
         let freezer = Freezer::of(container.snapshot().pid).context("find the freezer")?;
         leave_note(&container, migration)?;
+        let lock = netns::lock(&container, migration, locked);
+        let lock = lock.inspect_err(|_| remove_note(&container))?;
         Ok(AtSource {
             lease,
             migration: migration.to_owned(),
@@ -156,7 +166,8 @@ impl Move {
             freezer,
             frozen: false,
             locked: false,
-            lock: None,
+            given_netns: lock.is_some(),
+            lock,
             announce: None,
             dump: None,
             committed: false,
@@ -178,7 +189,8 @@ impl Move {
         if !matches!(side, Side::Source(_)) {
             must_run(&container)?;
             container.runtime().version().await;
-            let source = self.begin(container, &request.migration, lease, request.limit_s)?;
+            let source =
+                self.begin(container, &request.migration, lease, request.limit_s, &addresses)?;
             *side = Side::Source(Box::new(source));
         }
         let frozen = freeze_and_lock(at_source(side)?, containers, &addresses).await;
@@ -347,9 +359,14 @@ impl Move {
             ended?;
         }
         source.reservation = None;
-        // The rules stay until the address has left: the driver removes them.
-        if let Some(lock) = source.lock.take() {
-            lock.leave();
+        match source.lock.take() {
+            // Nothing leaves this namespace, and its next container needs it.
+            Some(lock) if source.given_netns => {
+                let _ = tokio::task::spawn_blocking(move || drop(lock)).await;
+            }
+            // The rules stay until the address has left: the driver removes them.
+            Some(lock) => lock.leave(),
+            None => {}
         }
         self.enter(Phase::PHASE_RETIRED, &source.migration);
         Ok(())
@@ -370,7 +387,7 @@ async fn freeze_and_lock(
     let took = frozen.await.context("freeze")?.context("freeze")?;
     source.frozen = true;
     let start = Instant::now();
-    source.locked = !addresses.is_empty();
+    source.locked = !addresses.is_empty() || source.given_netns;
     match &source.lock {
         Some(prepared) if source.locked => prepared.lock().context("lock the connections")?,
         None if source.locked => lock(containers, &source.migration, addresses).await?,
@@ -420,6 +437,7 @@ fn dump_params(source: &AtSource, fast: &[Fast], network_lock: NetworkLock) -> C
             tcp_established: true,
             network_lock,
             manage_cgroups: ignore,
+            in_netns: source.given_netns && fast.contains(&Fast::Netns),
             ..Default::default()
         },
         extra: vec![format!("timeout {SEIZE_S}")],
