@@ -33,11 +33,14 @@ pub enum Fast {
     Hide,
     /// A small `tar` of our own for the file systems in memory.
     Tar,
+    /// runc and CRIU run inside the container's network namespace where that has a path, so that
+    /// CRIU takes it for the host's and has nothing to do with it.
+    Netns,
 }
 
 impl Fast {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::HeldDump,
         Self::HeldRestore,
         Self::Freezer,
@@ -49,6 +52,7 @@ impl Fast {
         Self::Cgroups,
         Self::Hide,
         Self::Tar,
+        Self::Netns,
     ];
 
     /// Name, as given to `--no-fast`.
@@ -65,6 +69,7 @@ impl Fast {
             Self::Cgroups => "cgroups",
             Self::Hide => "hide",
             Self::Tar => "tar",
+            Self::Netns => "netns",
         }
     }
 

@@ -1,12 +1,84 @@
-//! The loopback device of a container's network namespace.
-#![allow(unsafe_code)] // two ioctls on a device's flags
+//! A container's network namespace: running code and programs in it, and its loopback device.
+#![allow(unsafe_code)] // two ioctls on a device's flags; a step between fork and exec
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::linux::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+/// A network namespace, kept alive by this.
+#[derive(Debug)]
+pub struct Netns(File);
+
+impl Netns {
+    /// What is at `path`. Whether it is a network namespace is found out by who enters it.
+    ///
+    /// # Errors
+    /// When nothing is there.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        File::open(path).map(Self)
+    }
+
+    /// The one that process `pid` is in.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn of(pid: u32) -> io::Result<Self> {
+        Self::open(Path::new(&format!("/proc/{pid}/ns/net")))
+    }
+
+    /// Whether both are the same namespace.
+    ///
+    /// # Errors
+    /// When one cannot be looked at.
+    pub fn is(&self, other: &Self) -> io::Result<bool> {
+        let (one, two) = (self.0.metadata()?, other.0.metadata()?);
+        Ok((one.st_dev(), one.st_ino()) == (two.st_dev(), two.st_ino()))
+    }
+
+    /// Whether this is the namespace of the calling process: on the host, the host's own.
+    ///
+    /// # Errors
+    /// When it cannot be looked at.
+    pub fn is_own(&self) -> io::Result<bool> {
+        self.is(&Self::of(std::process::id())?)
+    }
+
+    /// Does `work` in it, on a thread of its own: a thread that has entered cannot be had back.
+    ///
+    /// # Errors
+    /// `EINVAL` when it is no network namespace; when the kernel refuses.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+        let inside = || {
+            setns(&self.0, CloneFlags::CLONE_NEWNET)?;
+            io::Result::Ok(work())
+        };
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("netns".into());
+            let thread = thread.spawn_scoped(scope, inside)?;
+            let panicked = |_| io::Error::other("the thread in the network namespace panicked");
+            thread.join().map_err(panicked)?
+        })
+    }
+
+    /// Makes `command` start in it. When the namespace cannot be entered, starting fails.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub fn enter(&self, command: &mut Command) -> io::Result<()> {
+        let namespace = self.0.try_clone()?;
+        let enter = move || Ok(setns(&namespace, CloneFlags::CLONE_NEWNET)?);
+        // SAFETY: between fork and exec it makes one system call, and takes no lock and no memory.
+        unsafe { command.pre_exec(enter) };
+        Ok(())
+    }
+}
 
 /// Brings up the loopback device in the network namespace of process `pid`. CRIU leaves the one it
 /// makes down, and connections over it cannot be restored then.
@@ -14,13 +86,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 /// # Errors
 /// When the process is gone or the kernel refuses.
 pub fn loopback_up(pid: i32) -> io::Result<()> {
-    let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
-    // A thread of its own: it enters the namespace and ends there.
-    let thread = std::thread::Builder::new().name("netns".into()).spawn(move || {
-        setns(namespace, CloneFlags::CLONE_NEWNET)?;
-        up()
-    })?;
-    thread.join().map_err(|_| io::Error::other("the thread in the network namespace panicked"))?
+    Netns::of(pid.cast_unsigned())?.run(up)?
 }
 
 fn up() -> io::Result<()> {
@@ -45,7 +111,7 @@ fn call(result: libc::c_int) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::process::{Command, Stdio};
+    use std::process::Stdio;
 
     #[test]
     fn the_loopback_device_of_a_new_namespace_comes_up() {
@@ -73,5 +139,61 @@ mod tests {
     #[test]
     fn a_process_that_is_gone_is_an_error() {
         assert!(loopback_up(i32::MAX).is_err());
+    }
+
+    /// A process in a network namespace of its own, until it is dropped.
+    struct Elsewhere(std::process::Child);
+
+    impl Elsewhere {
+        fn start() -> Self {
+            let mut child = Command::new("unshare")
+                .args(["--net", "sh", "-c", "echo; read _"])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+            Self(child)
+        }
+    }
+
+    impl Drop for Elsewhere {
+        fn drop(&mut self) {
+            drop(self.0.stdin.take());
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn code_and_programs_run_in_it_and_the_caller_stays_where_it_is() {
+        let link = |path: &str| std::fs::read_link(path).unwrap();
+        let here = link("/proc/thread-self/ns/net");
+        let elsewhere = Elsewhere::start();
+        let netns = Netns::of(elsewhere.0.id()).unwrap();
+        let there = link(&format!("/proc/{}/ns/net", elsewhere.0.id()));
+        assert_ne!(here, there);
+        assert_eq!(netns.run(|| link("/proc/thread-self/ns/net")).unwrap(), there);
+
+        let mut command = Command::new("readlink");
+        command.arg("/proc/self/ns/net");
+        netns.enter(&mut command).unwrap();
+        let printed = String::from_utf8(command.output().unwrap().stdout).unwrap();
+        assert_eq!(Path::new(printed.trim()), there);
+        assert_eq!(link("/proc/thread-self/ns/net"), here);
+
+        assert!(!netns.is_own().unwrap() && netns.is(&netns).unwrap());
+        assert!(Netns::of(std::process::id()).unwrap().is_own().unwrap());
+    }
+
+    #[test]
+    fn what_is_no_network_namespace_cannot_be_entered() {
+        for path in ["/proc/self/ns/uts", "/proc/version"] {
+            let netns = Netns::open(Path::new(path)).unwrap();
+            let ran = netns.run(|| panic!("it has run"));
+            assert_eq!(ran.unwrap_err().raw_os_error(), Some(libc::EINVAL), "{path}");
+            let mut command = Command::new("true");
+            netns.enter(&mut command).unwrap();
+            assert!(command.spawn().is_err(), "{path}");
+        }
     }
 }

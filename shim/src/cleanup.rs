@@ -1,10 +1,12 @@
 //! The `delete` action: containerd calls it after a shim has died, or could not be started.
 
+use crate::container::Network;
 use crate::error::{Context as _, Result};
 use crate::mounts;
 use crate::options::TaskOptions;
-use ferry_oci::paths;
+use ferry_oci::netns::Netns;
 use ferry_oci::runc::Delete;
+use ferry_oci::{paths, quarantine};
 use log::warn;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -62,11 +64,9 @@ fn remove_migration(bundle: &Path) -> Result<()> {
         return Ok(());
     }
     let images = std::fs::remove_dir_all(paths::images(&migration));
+    let unlocked = unlock_netns(bundle, &migration);
     let _ = std::fs::remove_dir_all(paths::hide(&migration));
-    let output = ferry_oci::quarantine::remove(&migration)
-        .stdin(Stdio::null())
-        .output()
-        .context("run nft")?;
+    let output = quarantine::remove(&migration).stdin(Stdio::null()).output().context("run nft")?;
     if !output.status.success() {
         let text = String::from_utf8_lossy(&output.stderr).trim().to_string();
         return Err(crate::error::Error::internal(format!("nft: {text}")));
@@ -75,8 +75,19 @@ fn remove_migration(bundle: &Path) -> Result<()> {
         Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
             Err(err).context("remove the images")
         }
-        _ => Ok(()),
+        _ => unlocked,
     }
+}
+
+/// A network namespace that is given by path outlives its container, and what locks it would too.
+fn unlock_netns(bundle: &Path, migration: &str) -> Result<()> {
+    let Network::Path(path) = Network::of(bundle)? else { return Ok(()) };
+    let netns = match Netns::open(&path) {
+        Err(err) if err.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        netns => netns.context("open the network namespace")?,
+    };
+    let cleared = netns.run(|| quarantine::clear(migration)).context("enter its namespace")?;
+    cleared.context("remove the connection lock from the network namespace")
 }
 
 /// Folder of the Task services' sockets.

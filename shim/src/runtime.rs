@@ -4,6 +4,7 @@ use crate::error::{Context as _, Error, Result};
 use crate::io::ChildStdio;
 use crate::mounts;
 use crate::reaper::{Child, Reaper};
+use ferry_oci::netns::Netns;
 use ferry_oci::runc::{Delete, Ps, Runc, Verb, last_error};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -54,6 +55,21 @@ impl Runtime {
         (self.runc.command(verb, &log.0), log)
     }
 
+    /// A command that runs CRIU: with `env` added to its environment, and inside `netns` if given.
+    fn criu_command(
+        &self,
+        verb: &dyn Verb,
+        env: &[(&str, impl AsRef<Path>)],
+        netns: Option<&Netns>,
+    ) -> Result<(Command, Log)> {
+        let (mut command, log) = self.command(verb);
+        command.envs(env.iter().map(|(name, value)| (name, value.as_ref())));
+        if let Some(netns) = netns {
+            netns.enter(&mut command).context("run runc in the network namespace")?;
+        }
+        Ok((command, log))
+    }
+
     /// Runs a command that prints something, or nothing.
     pub(crate) async fn call(&self, verb: &dyn Verb) -> Result<Vec<u8>> {
         let (command, log) = self.command(verb);
@@ -65,47 +81,48 @@ impl Runtime {
     }
 
     /// Starts a command that hands `stdio` to a container's process. `env` is added to runc's
-    /// environment.
+    /// environment; it runs inside `netns` if given.
     pub(crate) fn start(
         &self,
         verb: &dyn Verb,
         stdio: ChildStdio,
         env: &[(&str, impl AsRef<Path>)],
+        netns: Option<&Netns>,
     ) -> Result<Running> {
-        let (mut command, log) = self.command(verb);
+        let (mut command, log) = self.criu_command(verb, env, netns)?;
         stdio.attach(&mut command);
-        command.envs(env.iter().map(|(name, value)| (name, value.as_ref())));
         let child = self.reaper.spawn(command)?;
         Ok(Running { child, name: verb.name(), log })
     }
 
-    /// Starts a command that runs beside the container. `env` is added to runc's environment.
+    /// Starts a command that runs beside the container. `env` is added to runc's environment; it
+    /// runs inside `netns` if given.
     pub(crate) fn begin(
         &self,
         verb: &dyn Verb,
         env: &[(&str, impl AsRef<Path>)],
+        netns: Option<&Netns>,
     ) -> Result<Running> {
-        let (mut command, log) = self.command(verb);
+        let (mut command, log) = self.criu_command(verb, env, netns)?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        command.envs(env.iter().map(|(name, value)| (name, value.as_ref())));
         let child = self.reaper.spawn(command)?;
         Ok(Running { child, name: verb.name(), log })
     }
 
     /// [`Runtime::start`], and waits for runc to return. The container's process lives on.
     pub(crate) async fn spawn(&self, verb: &dyn Verb, stdio: ChildStdio) -> Result<()> {
-        self.start(verb, stdio, &[] as &[(&str, &Path)])?.finish(DEADLINE).await
+        self.start(verb, stdio, &[] as &[(&str, &Path)], None)?.finish(DEADLINE).await
     }
 
-    /// Runs a command with an environment, for at most `deadline`.
+    /// Runs a command with an environment, for at most `deadline`; inside `netns` if given.
     pub(crate) async fn call_with(
         &self,
         verb: &dyn Verb,
         env: &[(&str, &Path)],
+        netns: Option<&Netns>,
         deadline: Duration,
     ) -> Result<()> {
-        let (mut command, log) = self.command(verb);
-        command.envs(env.iter().copied());
+        let (command, log) = self.criu_command(verb, env, netns)?;
         let output = self.reaper.run(command, deadline).await?;
         match output.status {
             0 => Ok(()),

@@ -41,7 +41,7 @@ fn containers_that_cannot_move_are_refused_by_name() -> Result<()> {
 
     a.run("ip netns add given")?;
     start(&scene, "box", "--with-ns network:/run/netns/given")?;
-    refused(&scene, "box", "", "netns-path")?;
+    refused(&scene, "box", "", "netns-missing")?;
     end(&scene, "box")?;
     a.run("ip netns del given")?;
 

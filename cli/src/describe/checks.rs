@@ -1,5 +1,7 @@
 //! What stands in the way of a move. Pure: facts in, named blockers with their cures out.
 
+mod netns;
+
 use std::net::{IpAddr, SocketAddr};
 
 use ferry_oci::sockets::{InetSocket, Protocol};
@@ -49,12 +51,21 @@ pub(crate) fn paths_needed(container: &ContainerFacts) -> Vec<String> {
     sources.filter(|s| HOST_FILES.contains(&s.as_str())).collect()
 }
 
+/// The path of a network namespace that the destination must have for this container.
+pub(crate) fn netns_needed(container: &ContainerFacts) -> Option<String> {
+    match &container.network {
+        Network::Path { path, .. } => Some(path.clone()),
+        _ => None,
+    }
+}
+
 /// Every blocker there is; an empty list means the container can be moved.
 pub(crate) fn blockers(facts: &Facts<'_>) -> Vec<Blocker> {
     let mut found = Vec::new();
     hosts(facts, &mut found);
     state(facts.container, &mut found);
     isolation(facts.container, &mut found);
+    netns::there(facts, &mut found);
     files(facts, &mut found);
     address(facts, &mut found);
     connections(facts, &mut found);
@@ -168,13 +179,11 @@ fn isolation(container: &ContainerFacts, found: &mut Vec<Blocker>) {
     let id = &container.id;
     match &container.network {
         Network::Host | Network::Loopback => {}
-        Network::Path(path) => {
-            let what = format!("the network namespace of {id} is given by path ({path})");
-            block(found, "netns-path", what, "use the host's network and --ip");
-        }
+        Network::Path { path, names } => netns::here(id, path, *names, found),
         Network::Devices(devices) => {
             let what = format!("the network of {id} has {} (CNI)", devices.join(", "));
-            block(found, "cni", what, "use the host's network and --ip");
+            let cure = "use the host's network and --ip, or a network namespace given by path";
+            block(found, "cni", what, cure);
         }
     }
     for namespace in &container.joined {
@@ -247,12 +256,19 @@ fn address(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
     }
 }
 
-/// Only what is on the moved address can follow it.
 fn connections(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
-    let container = facts.container;
-    if container.network != Network::Host {
-        return;
+    match facts.container.network {
+        Network::Host => on_the_hosts_network(facts, found),
+        Network::Path { .. } => netns::connections(facts, found),
+        // Nobody else is in there.
+        Network::Loopback | Network::Devices(_) => return,
     }
+    ports(facts, found);
+}
+
+/// Only what is on the moved address can follow it.
+fn on_the_hosts_network(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
+    let container = facts.container;
     let moved = facts.ip.map(|c| IpAddr::V4(c.ip));
     for socket in &container.sockets {
         let (local, remote) = (socket.local, socket.remote);
@@ -279,6 +295,11 @@ fn connections(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
             block(found, "raw-socket", what, "end it: it sees packets of the whole host");
         }
     }
+}
+
+/// What listens at the destination where the container would.
+fn ports(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
+    let container = facts.container;
     for socket in container.sockets.iter().filter(|s| s.listening) {
         if let Some(other) = facts.room.listeners.iter().find(|other| clash(socket, other)) {
             let protocol = if socket.protocol == Protocol::Udp { "udp" } else { "tcp" };

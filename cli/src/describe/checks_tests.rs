@@ -1,6 +1,7 @@
 //! One test for each blocker: a container or host that has it, beside one that has nothing.
 
-use super::super::container::{Bind, Shared};
+use super::super::container::{Bind, Names, Shared};
+use super::super::room::NetnsFacts;
 use super::super::samples::{connection, container, host, listener};
 use super::*;
 
@@ -8,6 +9,7 @@ fn place() -> RoomFacts {
     RoomFacts {
         id_taken: false,
         listeners: vec![listener("0.0.0.0:22")],
+        netns: None,
         address_on: None,
         device: Some("eth0".into()),
         missing_paths: Vec::new(),
@@ -58,7 +60,7 @@ fn a_plain_container_is_not_blocked() {
 #[test]
 fn each_obstacle_is_refused_by_its_name() {
     type Change = fn(&mut Case);
-    let cases: [(&str, Change); 35] = [
+    let cases: [(&str, Change); 42] = [
         ("criu-missing", |c| c.destination.criu = None),
         ("runc-missing", |c| c.source.runc = None),
         ("nft-missing", |c| c.destination.nft = false),
@@ -79,9 +81,28 @@ fn each_obstacle_is_refused_by_its_name() {
         }),
         ("io-uring", |c| c.container.io_uring = vec![7]),
         ("user-namespace", |c| c.container.user_namespace = true),
-        ("netns-path", |c| {
-            c.container.network = Network::Path("/run/netns/x".into());
-            c.ip = None;
+        ("netns-path", |c| given(c, "/run/netns/x", Names::Hosts)),
+        ("netns-path", |c| given(c, "/run/netns/x", Names::Other)),
+        ("netns-path", |c| given(c, "/proc/7/ns/net", Names::Its)),
+        ("netns-missing", |c| {
+            given(c, "/run/netns/x", Names::Its);
+            c.room.netns = Some(NetnsFacts::Missing);
+        }),
+        ("netns-missing", |c| {
+            given(c, "/run/netns/x", Names::Its);
+            c.room.netns = Some(NetnsFacts::NoNamespace);
+        }),
+        ("netns-missing", |c| {
+            given(c, "/run/netns/x", Names::Its);
+            c.room.netns = Some(NetnsFacts::Hosts);
+        }),
+        ("netns-address", |c| {
+            given(c, "/run/netns/x", Names::Its);
+            c.room.netns = Some(NetnsFacts::There(vec!["::1".parse().unwrap()]));
+        }),
+        ("ip-unused", |c| {
+            given(c, "/run/netns/x", Names::Its);
+            c.ip = Some("10.77.0.100/24".parse().unwrap());
         }),
         ("cni", |c| {
             c.container.network = Network::Devices(vec!["eth0".into()]);
@@ -155,6 +176,45 @@ fn sockets_of_a_private_network_never_block() {
         c.ip = None;
     };
     assert_eq!(names(change), [""; 0]);
+}
+
+/// In the network namespace `path`, which the destination has, with lo up.
+fn given(c: &mut Case, path: &str, names: Names) {
+    c.container.network = Network::Path { path: path.into(), names };
+    c.container.sockets.clear();
+    c.room.netns = Some(NetnsFacts::There(vec!["127.0.0.1".parse().unwrap()]));
+    c.ip = None;
+}
+
+#[test]
+fn in_a_namespace_given_by_path_only_connections_inside_the_container_follow() {
+    let names = |sockets: &[InetSocket], there: &[&str]| {
+        names(|c| {
+            given(c, "/run/netns/x", Names::Its);
+            c.container.sockets = sockets.to_vec();
+            c.room.netns =
+                Some(NetnsFacts::There(there.iter().map(|ip| ip.parse().unwrap()).collect()));
+        })
+    };
+    let (lo, veth) = ("127.0.0.1", "10.99.0.5");
+    assert_eq!(names(&[], &[lo]), [""; 0]);
+    let pair = [
+        connection("127.0.0.7:80", "127.0.0.1:5000"),
+        connection("127.0.0.1:5000", "127.0.0.7:80"),
+    ];
+    assert_eq!(names(&pair, &[lo]), [""; 0]);
+    // The other end is outside.
+    assert_eq!(names(&pair[..1], &[lo]), ["connection"]);
+    let out = connection("10.99.0.5:40000", "10.99.0.9:80");
+    assert_eq!(names(&[out], &[lo, veth]), ["connection"]);
+    let pair = [connection("10.99.0.5:80", "127.0.0.1:5000"), listener("0.0.0.0:80")];
+    let other = connection("127.0.0.1:5000", "10.99.0.5:80");
+    let all = [&pair[..], &[other]].concat();
+    assert_eq!(names(&all, &[lo, veth]), [""; 0]);
+    assert_eq!(names(&all, &[lo]), ["netns-address"]);
+    assert_eq!(names(&[listener("10.99.0.5:80")], &[lo]), ["netns-address"]);
+    // What listens there is looked for in the namespace.
+    assert_eq!(names(&[listener("0.0.0.0:22")], &[lo]), ["port-taken"]);
 }
 
 #[test]

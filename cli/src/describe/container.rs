@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::linux::fs::MetadataExt;
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use ferry_oci::api::ferry::{Description, Phase};
 use ferry_oci::cgroups;
+use ferry_oci::netns::Netns;
 use ferry_oci::sockets::{self, InetSocket};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde::{Deserialize, Serialize};
@@ -22,7 +24,24 @@ pub(crate) enum Network {
     /// A namespace of its own with these devices: somebody (CNI) put them there.
     Devices(Vec<String>),
     /// A namespace given by its path.
-    Path(String),
+    Path {
+        /// The path.
+        path: String,
+        /// What is there by now.
+        names: Names,
+    },
+}
+
+/// What the path of a network namespace names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Names {
+    /// The namespace that the container is in.
+    Its,
+    /// The same, and it is the host's own.
+    Hosts,
+    /// Something else, or nothing.
+    Other,
 }
 
 /// A bind mount of the container's spec.
@@ -155,7 +174,11 @@ fn namespaces(spec: &Spec) -> impl Iterator<Item = (LinuxNamespaceType, Option<S
 fn network(spec: &Spec, pid: u32) -> Result<Network> {
     match namespaces(spec).find(|(kind, _)| *kind == LinuxNamespaceType::Network) {
         None => Ok(Network::Host),
-        Some((_, Some(path))) if !path.is_empty() => Ok(Network::Path(path)),
+        Some((_, Some(path))) if !path.is_empty() => {
+            // A task that has ended is in none: its state is told by another check.
+            let names = names(&path, pid).unwrap_or(Names::Its);
+            Ok(Network::Path { path, names })
+        }
         Some(_) => {
             let text = fs::read_to_string(format!("/proc/{pid}/net/dev"))
                 .context("read the container's network devices")?;
@@ -163,6 +186,15 @@ fn network(spec: &Spec, pid: u32) -> Result<Network> {
             Ok(if devices.is_empty() { Network::Loopback } else { Network::Devices(devices) })
         }
     }
+}
+
+fn names(path: &str, pid: u32) -> std::io::Result<Names> {
+    let its = Netns::of(pid)?;
+    Ok(match Netns::open(Path::new(path)) {
+        _ if its.is_own()? => Names::Hosts,
+        Ok(netns) if netns.is(&its)? => Names::Its,
+        _ => Names::Other,
+    })
 }
 
 /// Devices but `lo`. Kernels make some templates in every namespace; those are no devices.
@@ -297,13 +329,18 @@ mod tests {
 
     #[test]
     fn a_network_namespace_with_a_path_is_named() {
-        let spec = spec(
-            r#"{"ociVersion":"1.0.0","linux":{"namespaces":[
-                {"type":"network","path":"/run/netns/x"},{"type":"pid"},
-                {"type":"ipc","path":"/proc/7/ns/ipc"}]}}"#,
-        );
-        assert_eq!(network(&spec, 1).unwrap(), Network::Path("/run/netns/x".into()));
-        assert_eq!(joined(&spec), ["ipc /proc/7/ns/ipc"]);
+        let given = |path: &str| {
+            spec(&format!(
+                r#"{{"ociVersion":"1.0.0","linux":{{"namespaces":[
+                {{"type":"network","path":"{path}"}},{{"type":"pid"}},
+                {{"type":"ipc","path":"/proc/7/ns/ipc"}}]}}}}"#,
+            ))
+        };
+        let own = format!("/proc/{}/ns/net", std::process::id());
+        let path = own.clone();
+        let network = network(&given(&own), std::process::id()).unwrap();
+        assert_eq!(network, Network::Path { path, names: Names::Hosts });
+        assert_eq!(joined(&given(&own)), ["ipc /proc/7/ns/ipc"]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use ferry_oci::fast::Fast;
 use serde::Serialize;
 
-use super::container::ContainerFacts;
+use super::container::{ContainerFacts, Network};
 use super::host::HostFacts;
 
 /// What is said of one fast path in the plan.
@@ -48,6 +48,12 @@ fn why_not(fast: Fast, facts: &Facts<'_>) -> Option<String> {
     if held && facts.refused.contains(&Fast::HeldDump) {
         return Some(format!("needs {}", Fast::HeldDump.name()));
     }
+    // CRIU's id names its lock, and is in its log.
+    if fast == Fast::Log && facts.refused.contains(&Fast::Lock) {
+        return Some(format!("needs {}", Fast::Lock.name()));
+    }
+    let criu_locks =
+        !facts.moves_address && !matches!(facts.container.network, Network::Path { .. });
     let missing =
         |what: &str| Some(format!("{what} is not installed on {}", facts.source.hostname));
     match fast {
@@ -60,12 +66,10 @@ fn why_not(fast: Fast, facts: &Facts<'_>) -> Option<String> {
                 )
             })
         }
-        // Its id, which names its lock, is in its log.
-        Fast::Log => (!facts.moves_address).then(|| {
-            "no address moves: CRIU locks the connections and says so in its log".to_owned()
-        }),
-        Fast::Lock | Fast::Queue => (!facts.moves_address)
-            .then(|| "no address moves: CRIU locks the connections".to_owned()),
+        Fast::Log | Fast::Lock => {
+            criu_locks.then(|| "no address moves: CRIU locks the connections".to_owned())
+        }
+        Fast::Queue => (!facts.moves_address).then(|| "no address moves".to_owned()),
         Fast::Cgroups => cgroups(facts),
         Fast::Hide if !facts.copies_memory => {
             Some("memory crosses in the pause, by the dump".to_owned())
@@ -74,6 +78,13 @@ fn why_not(fast: Fast, facts: &Facts<'_>) -> Option<String> {
         // Of the destination's it is enough to know that the real one is there.
         Fast::Tar if !facts.source.fast_tar => missing("ferry-tar"),
         Fast::Hide | Fast::Tar => None,
+        Fast::Netns => match facts.container.network {
+            // There it is anyhow.
+            Network::Host | Network::Path { .. } => None,
+            Network::Loopback | Network::Devices(_) => {
+                Some("the container's network namespace has no path".to_owned())
+            }
+        },
     }
 }
 
@@ -92,6 +103,7 @@ fn cgroups(facts: &Facts<'_>) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::container::Names;
     use super::super::samples::{container, host};
     use super::*;
 
@@ -126,7 +138,7 @@ mod tests {
         let without = Facts { copies_memory: false, moves_address: false, ..facts };
         let off = choose(&without).into_iter().filter(|choice| choice.off.is_some());
         let off: Vec<_> = off.map(|choice| choice.name).collect();
-        assert_eq!(off, [Fast::Lock, Fast::Queue, Fast::Hide]);
+        assert_eq!(off, [Fast::Lock, Fast::Queue, Fast::Log, Fast::Hide]);
     }
 
     #[test]
@@ -139,8 +151,18 @@ mod tests {
         assert_eq!(names(&[Fast::HeldRestore]), [Fast::HeldRestore]);
         assert_eq!(
             names(&[Fast::HeldDump]),
-            [Fast::HeldDump, Fast::HeldRestore, Fast::Cgroups, Fast::Hide, Fast::Tar]
+            [Fast::HeldDump, Fast::HeldRestore, Fast::Log, Fast::Cgroups, Fast::Hide, Fast::Tar]
         );
+    }
+
+    #[test]
+    fn a_network_namespace_can_be_entered_only_if_it_is_there_before_the_container() {
+        let mut private = container();
+        private.network = Network::Loopback;
+        assert_eq!(off(&private, "1.3.6", &[])[0].0, Fast::Netns);
+        let path = "/run/netns/x".to_owned();
+        private.network = Network::Path { path, names: Names::Its };
+        assert_eq!(off(&private, "1.3.6", &[]), []);
     }
 
     #[test]

@@ -268,6 +268,7 @@ impl Migration {
                 id: options.container.clone(),
                 ip: options.ip,
                 paths: checks::paths_needed(&source.facts),
+                netns: checks::netns_needed(&source.facts),
             };
             let room = match link.ask(&Request::DescribeRoom(request), patience).await? {
                 Reply::Room(room) => room,

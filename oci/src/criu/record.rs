@@ -11,8 +11,9 @@ use std::path::Path;
 
 /// The record's file in the images directory.
 pub const RECORD_FILE: &str = "ferry.json";
-/// Version of the record's format.
-pub const RECORD_VERSION: u32 = 1;
+/// Version of the record's format. Since 2 there is [`DumpOptions::in_netns`]; who does not know it
+/// would restore into the host's network.
+pub const RECORD_VERSION: u32 = 2;
 /// A record is small; anything larger is not one.
 const MAX_BYTES: u64 = 64 * 1024;
 
@@ -34,6 +35,9 @@ pub struct DumpOptions {
     pub manage_cgroups: Option<String>,
     /// How connections were silenced.
     pub network_lock: NetworkLock,
+    /// runc and CRIU were in the container's network namespace, which is given by path: to CRIU it
+    /// was the host's, and whoever restores must be in such a one too.
+    pub in_netns: bool,
 }
 
 impl Default for DumpOptions {
@@ -47,6 +51,7 @@ impl Default for DumpOptions {
             empty_ns: Vec::new(),
             manage_cgroups: None,
             network_lock: NetworkLock::Default,
+            in_netns: false,
         }
     }
 }
@@ -133,6 +138,7 @@ mod tests {
             empty_ns: vec!["network".into()],
             manage_cgroups: Some("ignore".into()),
             network_lock: NetworkLock::Skip,
+            in_netns: true,
             ..Default::default()
         };
         let record = DumpRecord::new(options, "4.2".into(), "1.3.6".into());
@@ -148,9 +154,9 @@ mod tests {
 
     #[test]
     fn a_newer_version_is_refused_by_number() {
-        let newer = br#"{"version":2,"options":"of another shape"}"#;
+        let newer = br#"{"version":3,"options":"of another shape"}"#;
         let err = DumpRecord::parse(newer).unwrap_err();
-        assert!(matches!(err, RecordError::Version(2)), "{err}");
+        assert!(matches!(err, RecordError::Version(3)), "{err}");
     }
 
     #[test]

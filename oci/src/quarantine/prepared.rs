@@ -33,13 +33,30 @@ impl Prepared {
     /// # Errors
     /// When the kernel refuses; nothing is there then.
     pub fn new(migration: &str, addresses: &[IpAddr]) -> Result<Self, Error> {
+        Self::make(migration, addresses, |script| script.silence(addresses, Verdict::Drop))
+    }
+
+    /// The same for every packet of the calling thread's network namespace, whatever its addresses;
+    /// ARP passes. For a namespace that belongs to the container.
+    ///
+    /// # Errors
+    /// As [`Prepared::new`].
+    pub fn for_all(migration: &str) -> Result<Self, Error> {
+        Self::make(migration, &[], |script| script.silence_all())
+    }
+
+    fn make(
+        migration: &str,
+        addresses: &[IpAddr],
+        silence: impl for<'a> FnOnce(Script<'a>) -> Script<'a>,
+    ) -> Result<Self, Error> {
         let what = "prepare the connection lock";
         let socket = Socket::open().map_err(|source| Error { what, source })?;
         let table = table(migration);
         run(&socket, Script::new(&table).delete().create(addresses), what)?;
         let unlocked = || Script::new(&table).pass(addresses);
         Ok(Self {
-            lock: unlocked().silence(addresses, Verdict::Drop).seal(),
+            lock: silence(unlocked()).seal(),
             unlock: unlocked().seal(),
             migration: migration.to_owned(),
             socket,
@@ -47,7 +64,7 @@ impl Prepared {
         })
     }
 
-    /// From now on no packet and no ARP passes for the addresses, or from them. Can be repeated.
+    /// From now on nothing passes of what this was made for. Can be repeated.
     ///
     /// # Errors
     /// When the kernel refuses; everything passes still.

@@ -156,6 +156,14 @@ impl<'a> Script<'a> {
         self
     }
 
+    /// No packet comes in and none goes out.
+    pub(super) fn silence_all(mut self) -> Self {
+        for way in [Way::In, Way::Out] {
+            self.rule(INET, way, Verdict::Drop, |every| every);
+        }
+        self
+    }
+
     /// Everything passes but packets for the addresses. Their rule is not touched: the kernel takes
     /// 10 ms to make one with a target again.
     pub(super) fn open(mut self, addresses: &[IpAddr]) -> Self {

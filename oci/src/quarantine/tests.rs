@@ -1,7 +1,7 @@
 //! On the real kernel, each in a network namespace of its own.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -35,6 +35,15 @@ fn passes(to: IpAddr) -> bool {
     let sender = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     sender.send_to(b"x", receiver.local_addr().unwrap()).unwrap();
     receiver.recv(&mut [0; 8]).is_ok()
+}
+
+/// Whether a datagram from `ip` to itself may be sent, and arrives.
+fn crosses(ip: IpAddr) -> bool {
+    let receiver = UdpSocket::bind((ip, 0)).unwrap();
+    receiver.set_nonblocking(true).unwrap();
+    let sender = UdpSocket::bind((ip, 0)).unwrap();
+    let sent = sender.send_to(b"x", receiver.local_addr().unwrap());
+    sent.is_ok() && receiver.recv(&mut [0; 8]).is_ok()
 }
 
 /// Whether `from` may send.
@@ -160,18 +169,28 @@ fn an_ipv6_address_is_silent_too() {
     in_namespace(|| {
         let moved: IpAddr = "::1".parse().unwrap();
         let lock = Prepared::new("m-1", &[moved, MOVED]).unwrap();
-        let arrives = || {
-            let receiver = UdpSocket::bind((moved, 0)).unwrap();
-            receiver.set_nonblocking(true).unwrap();
-            let sender = UdpSocket::bind((moved, 0)).unwrap();
-            let sent = sender.send_to(b"x", receiver.local_addr().unwrap());
-            sent.is_ok() && receiver.recv(&mut [0; 8]).is_ok()
-        };
-        assert!(arrives());
+        assert!(crosses(moved));
         lock.lock().unwrap();
-        assert!(!arrives() && !passes(MOVED) && passes(OTHER));
+        assert!(!crosses(moved) && !passes(MOVED) && passes(OTHER));
         lock.unlock().unwrap();
-        assert!(arrives());
+        assert!(crosses(moved));
+    });
+}
+
+#[test]
+fn a_lock_for_all_lets_nothing_pass_whatever_the_address() {
+    in_namespace(|| {
+        let v6: IpAddr = Ipv6Addr::LOCALHOST.into();
+        let lock = Prepared::for_all("m-1").unwrap();
+        for _ in 0..2 {
+            assert!([MOVED, OTHER, v6].into_iter().all(crosses));
+            lock.lock().unwrap();
+            assert!(![MOVED, OTHER, v6].into_iter().any(crosses));
+            lock.unlock().unwrap();
+        }
+        lock.lock().unwrap();
+        drop(lock);
+        assert!([MOVED, OTHER, v6].into_iter().all(crosses) && present().unwrap().is_empty());
     });
 }
 

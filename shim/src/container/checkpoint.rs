@@ -6,11 +6,10 @@ use crate::state::{Op, admit};
 use containerd_shim::protos::events::task::TaskCheckpointed;
 use containerd_shim::protos::shim::oci::CheckpointOptions;
 use ferry_oci::criu::{self, CONFIG_ENV, Config, DumpOptions, DumpRecord, NetworkLock};
+use ferry_oci::netns::Netns;
 use ferry_oci::pages::areas::is_being_filled;
 use ferry_oci::runc::Checkpoint;
 use log::warn;
-use nix::sched::{CloneFlags, setns};
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -143,7 +142,8 @@ impl Container {
         let config = config.write(&params.work).context("write CRIU's configuration")?;
         let verb = verb(&self.id, params)?;
         let env = [(CONFIG_ENV, config.as_path())];
-        self.runtime.call_with(&verb, &env, params.deadline).await
+        let netns = self.netns_for_criu(params.options.in_netns)?;
+        self.runtime.call_with(&verb, &env, netns.as_ref(), params.deadline).await
     }
 
     /// Removes the nftables table of the CRIU run that wrote `log`, and no other.
@@ -151,27 +151,15 @@ impl Container {
         let Ok(Some(run)) = criu::run_id(log) else {
             return;
         };
-        let pid = self.snapshot().pid;
-        let reaper = self.runtime.reaper.clone();
-        let (sender, receiver) = tokio::sync::oneshot::channel();
-        // A thread of its own: it enters the container's network namespace and ends there.
-        let thread = std::thread::Builder::new().name("netns".into()).spawn(move || {
-            let child = enter_netns(pid).and_then(|()| {
-                let mut nft = Command::new("nft");
-                nft.args(["delete", "table", "inet", &format!("CRIU-{run}")]);
-                nft.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-                reaper.spawn(nft)
-            });
-            drop(sender.send(child));
-        });
-        if let Err(err) = thread {
-            return warn!("remove CRIU's network lock: {err}");
-        }
-        match receiver.await {
+        let mut nft = Command::new("nft");
+        nft.args(["delete", "table", "inet", &format!("CRIU-{run}")]);
+        nft.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let netns = Netns::of(self.snapshot().pid).context("open the network namespace");
+        let entered = netns.and_then(|netns| netns.enter(&mut nft).context("enter it"));
+        match entered.and_then(|()| self.runtime.reaper.spawn(nft)) {
             // nft fails when there is no such table, which is the usual case.
-            Ok(Ok(mut nft)) => drop(nft.wait().await),
-            Ok(Err(err)) => warn!("remove CRIU's network lock: {err}"),
-            Err(_) => {}
+            Ok(mut nft) => drop(nft.wait().await),
+            Err(err) => warn!("remove CRIU's network lock: {err}"),
         }
     }
 }
@@ -193,11 +181,6 @@ pub(super) fn verb<'a>(id: &'a str, params: &'a CheckpointParams) -> Result<Chec
     })
 }
 
-fn enter_netns(pid: u32) -> Result<()> {
-    let netns = File::open(format!("/proc/{pid}/ns/net")).context("open the network namespace")?;
-    setns(netns, CloneFlags::CLONE_NEWNET).context("enter the network namespace")
-}
-
 /// What a dump through the Task API does: connections are always kept.
 fn dump_options(options: CheckpointOptions) -> DumpOptions {
     DumpOptions {
@@ -210,6 +193,7 @@ fn dump_options(options: CheckpointOptions) -> DumpOptions {
         // A table of CRIU's own can be told from others and removed; rules among those of the
         // host cannot.
         network_lock: NetworkLock::Nftables,
+        in_netns: false,
     }
 }
 

@@ -11,6 +11,7 @@ mod create;
 mod exec;
 mod exit;
 mod lifecycle;
+mod network;
 mod prepared;
 mod relay;
 mod restore;
@@ -18,6 +19,7 @@ mod restore;
 pub(crate) use checkpoint::CheckpointParams;
 pub(crate) use create::CreateRequest;
 pub(crate) use exec::{Exec, ExecRequest};
+pub(crate) use network::Network;
 pub(crate) use prepared::{Extras, PreparedDump, PreparedRestore};
 pub(crate) use restore::{Held, HoldParams, RestoreParams};
 

@@ -102,7 +102,9 @@ impl Container {
         let tar = extras.fast_tar(&relay)?;
         all.extend(tar.iter().flat_map(|tar| tar.1.clone()));
         let line = relay.start(false, extras.log_level);
-        let mut runc = self.runtime.begin(&checkpoint::verb(&self.id, &params)?, &all)?;
+        let netns = self.netns_for_criu(params.options.in_netns)?;
+        let verb = checkpoint::verb(&self.id, &params)?;
+        let mut runc = self.runtime.begin(&verb, &all, netns.as_ref())?;
         let waiting = match until_waiting(&gate, &mut runc).await {
             Ok(waiting) => waiting,
             Err(err) => {

@@ -190,12 +190,13 @@ impl Container {
             empty_ns: &options.empty_ns,
             manage_cgroups: options.manage_cgroups.as_deref(),
         };
+        let netns = self.netns_for_criu(options.in_netns)?;
         let stdio = self.inner().child_io.take();
         let stdio = stdio.ok_or_else(|| Error::failed_precondition("restored once already"))?;
         let window = self.runtime.reaper.window();
         let mut all = vec![(CONFIG_ENV, config)];
         all.extend_from_slice(env);
-        let runc = self.runtime.start(&verb, stdio, &all)?;
+        let runc = self.runtime.start(&verb, stdio, &all, netns.as_ref())?;
         Ok(Attempt { runc, window, log: params.work.join("restore.log") })
     }
 

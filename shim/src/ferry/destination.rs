@@ -1,6 +1,5 @@
 //! A container that arrives: restored, held, and either let run or ended.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,7 +15,9 @@ use log::warn;
 use super::lease::Lease;
 use super::moves::{Move, Side};
 use super::source::{awake, micros};
-use crate::container::{Container, Extras, Held, HoldParams, PreparedRestore, RestoreParams};
+use crate::container::{
+    Container, Extras, Held, HoldParams, Network, PreparedRestore, RestoreParams,
+};
 use crate::error::{Context as _, Error, Result};
 
 /// How long CRIU may take to restore.
@@ -58,7 +59,7 @@ impl Move {
         lease: Lease,
     ) -> Result<()> {
         let migration = &request.migration;
-        let private = has_private_network(container.bundle())?;
+        let private = has_private_network(&container)?;
         std::fs::create_dir_all(paths::RECORDS).context("make the folder of records")?;
         let params = restore_params(&container, request);
         let decided = Some(paths::decided(migration));
@@ -119,8 +120,7 @@ impl Move {
             }
             None => {
                 let hold = HoldParams {
-                    namespaces: has_private_network(container.bundle())?
-                        .then(|| LOOPBACK_UP.to_owned()),
+                    namespaces: has_private_network(&container)?.then(|| LOOPBACK_UP.to_owned()),
                     decided: Some(paths::decided(migration)),
                 };
                 std::fs::create_dir_all(paths::RECORDS).context("make the folder of records")?;
@@ -210,15 +210,7 @@ fn restore_params(container: &Container, request: &RestoreRequest) -> RestorePar
     }
 }
 
-/// Whether the bundle's spec asks for a network namespace of its own.
-fn has_private_network(bundle: &Path) -> Result<bool> {
-    let config = std::fs::read(bundle.join("config.json")).context("read the bundle's spec")?;
-    let spec: oci_spec::runtime::Spec =
-        serde_json::from_slice(&config).context("read the bundle's spec")?;
-    let namespaces = spec.linux().as_ref().and_then(|l| l.namespaces().as_ref());
-    let own = |n: &oci_spec::runtime::LinuxNamespace| {
-        n.typ() == oci_spec::runtime::LinuxNamespaceType::Network
-            && n.path().as_ref().is_none_or(|p| p.as_os_str().is_empty())
-    };
-    Ok(namespaces.into_iter().flatten().any(own))
+/// Whether CRIU makes a network namespace.
+fn has_private_network(container: &Container) -> Result<bool> {
+    Ok(Network::of(container.bundle())? == Network::Private)
 }

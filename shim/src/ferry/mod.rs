@@ -5,6 +5,7 @@
 //!   service.rs      the ttrpc methods: find the container, run the move, answer
 //!   moves.rs        one container's migration: phases, and which order is legal
 //!   source.rs       freeze ─ dump ─ commit ─ retire, and thaw
+//!   netns.rs        the lock of a network namespace given by path
 //!   destination.rs  restore held ─ release, and abort
 //! ```
 //! `oci/proto/ferry.proto` documents the methods and their order.
@@ -12,6 +13,7 @@
 mod destination;
 mod lease;
 mod moves;
+mod netns;
 mod service;
 mod source;
 

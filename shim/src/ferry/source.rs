@@ -13,13 +13,14 @@ use ferry_oci::criu::rpc::QUIET;
 use ferry_oci::criu::{DumpOptions, FastTar, Hiding, NetworkLock, RECORD_FILE, find_library};
 use ferry_oci::fast::{self, Fast};
 use ferry_oci::freezer::Freezer;
-use ferry_oci::quarantine::{self, Prepared};
+use ferry_oci::quarantine::Prepared;
 use ferry_oci::record::Record;
 use ferry_oci::{announce, paths, sockets};
 use log::warn;
 
 use super::lease::Lease;
 use super::moves::{Move, Side};
+use super::netns;
 use crate::container::{CheckpointParams, Container, Extras, PreparedDump, Reservation};
 use crate::error::{Context as _, Error, Result};
 use crate::state::Status;
@@ -45,6 +46,8 @@ pub(super) struct AtSource {
     frozen: bool,
     /// What keeps the addresses silent.
     lock: Option<Prepared>,
+    /// It is in a network namespace that was given by path, where `lock` is.
+    given_netns: bool,
     /// What is announced again on a rollback, and where: the clients have been led away.
     announce: Option<(Ipv4Addr, String)>,
     fast: Vec<Fast>,
@@ -73,10 +76,11 @@ impl AtSource {
         self.fast.contains(&path)
     }
 
-    /// Ours keeps the whole address silent. A private network has only loopback, which CRIU locks in
-    /// there.
+    /// Ours keeps the whole address silent, or the whole namespace where one was given. A private
+    /// network has only loopback, which CRIU locks in there.
     fn network_lock(&self) -> NetworkLock {
         match self.announce {
+            _ if self.given_netns => NetworkLock::Skip,
             Some(_) if self.takes(Fast::Lock) => NetworkLock::Skip,
             _ => NetworkLock::Nftables,
         }
@@ -158,17 +162,21 @@ impl Move {
         let addresses = addresses(away.addresses)?;
         let announce = addresses.first().map(|ip| (*ip, away.device.to_owned()));
         let freezer = Freezer::of(container.snapshot().pid).context("find the freezer")?;
-        let lock = match fast.contains(&Fast::Lock) {
-            true => prepare_lock(migration, &addresses).await?,
-            false => None,
-        };
         leave_note(&container, migration)?;
+        let lock = netns::lock(&container, migration, &addresses);
+        let mut lock = lock.inspect_err(|_| remove_note(&container))?;
+        let given_netns = lock.is_some();
+        if lock.is_none() && fast.contains(&Fast::Lock) {
+            let prepared = prepare_lock(migration, &addresses).await;
+            lock = prepared.inspect_err(|_| remove_note(&container))?;
+        }
         Ok(AtSource {
             lease,
             migration: migration.to_owned(),
             container,
             freezer,
             frozen: false,
+            given_netns,
             lock,
             announce,
             fast,
@@ -299,10 +307,9 @@ impl Move {
         }
         source.awake = None;
         // Its clients are served again: taking the tables away takes 10 ms and more.
-        if source.lock.take().is_some() {
-            let migration = source.migration.clone();
-            let cleared = tokio::task::spawn_blocking(move || quarantine::clear(&migration)).await;
-            unlocked = cleared.context("unlock")?.context("unlock the connections");
+        if let Some(lock) = source.lock.take() {
+            let removed = tokio::task::spawn_blocking(move || drop(lock)).await;
+            unlocked = unlocked.and(removed.context("unlock"));
         }
         let images = source.images();
         if let Err(error) = std::fs::remove_dir_all(&images)
@@ -363,9 +370,14 @@ impl Move {
             ended?;
         }
         source.reservation = None;
-        // The rules stay until the address has left: the driver removes them.
-        if let Some(lock) = source.lock.take() {
-            lock.leave();
+        match source.lock.take() {
+            // Nothing leaves this namespace, and its next container needs it.
+            Some(lock) if source.given_netns => {
+                let _ = tokio::task::spawn_blocking(move || drop(lock)).await;
+            }
+            // The rules stay until the address has left: the driver removes them.
+            Some(lock) => lock.leave(),
+            None => {}
         }
         self.enter(Phase::PHASE_RETIRED, &source.migration);
         Ok(())
@@ -468,6 +480,7 @@ fn dump_params(source: &AtSource) -> CheckpointParams {
             tcp_established: true,
             network_lock: source.network_lock(),
             manage_cgroups: ignore,
+            in_netns: source.given_netns && source.takes(Fast::Netns),
             ..Default::default()
         },
         extra: vec![format!("timeout {SEIZE_S}")],
