@@ -1,30 +1,29 @@
-//! Gratuitous ARP: tells the neighbours where an address is now.
+//! Tells the neighbours where an address is now: gratuitous ARP, or an unsolicited Neighbor
+//! Advertisement for IPv6.
 
 // sockaddr_ll has no safe constructor in nix, and rustix has no packet sockets.
 #![allow(unsafe_code)]
 
+mod frames;
+
 use std::io;
 use std::mem::size_of;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+use frames::{Mac, Operation, advertisement, arp};
 use nix::ifaddrs::getifaddrs;
-
-const ETHERTYPE_ARP: u16 = 0x0806;
-const REQUEST: u16 = 1;
-const REPLY: u16 = 2;
-const BROADCAST: [u8; 6] = [0xff; 6];
 
 /// An announcement that is ready to be sent, so that this takes no more than a system call or two.
 ///
 /// It reaches the neighbours while the address is silent: a packet socket passes by the rules that
-/// keep the kernel's own ARP back.
+/// keep the kernel's own ARP and neighbour discovery back.
 #[derive(Debug)]
 pub struct Announcement {
     socket: OwnedFd,
     index: u32,
-    /// A reply and a request, since some neighbours heed only one kind.
-    frames: [Vec<u8>; 2],
+    /// Of ARP a reply and a request, since some neighbours heed only one kind.
+    frames: Vec<Vec<u8>>,
 }
 
 impl Announcement {
@@ -32,12 +31,17 @@ impl Announcement {
     ///
     /// # Errors
     /// When the device is gone or is no Ethernet.
-    pub fn prepare(ip: Ipv4Addr, device: &str) -> io::Result<Self> {
+    pub fn prepare(ip: IpAddr, device: &str) -> io::Result<Self> {
         let found = ethernet(device)?;
         let (index, mac) =
             found.ok_or_else(|| io::Error::other(format!("{device} is no Ethernet interface")))?;
-        let socket = packet_socket()?;
-        Ok(Self { socket, index, frames: [REPLY, REQUEST].map(|kind| frame(mac, ip, kind)) })
+        let frames = match ip {
+            IpAddr::V4(ip) => {
+                [Operation::Reply, Operation::Request].map(|kind| arp(mac, ip, kind)).to_vec()
+            }
+            IpAddr::V6(ip) => vec![advertisement(mac, ip, is_router(device))],
+        };
+        Ok(Self { socket: packet_socket()?, index, frames })
     }
 
     /// Sends it; can be repeated.
@@ -53,7 +57,7 @@ impl Announcement {
 ///
 /// # Errors
 /// When the device is gone, down, or no Ethernet.
-pub fn gratuitous_arp(ip: Ipv4Addr, device: &str) -> io::Result<()> {
+pub fn to_neighbours(ip: IpAddr, device: &str) -> io::Result<()> {
     Announcement::prepare(ip, device)?.send()
 }
 
@@ -63,7 +67,7 @@ pub fn is_ethernet(device: &str) -> bool {
 }
 
 /// Index and hardware address of `device` if it is an Ethernet interface of this network namespace.
-fn ethernet(device: &str) -> io::Result<Option<(u32, [u8; 6])>> {
+fn ethernet(device: &str) -> io::Result<Option<(u32, Mac)>> {
     Ok(getifaddrs()?.filter(|interface| interface.interface_name == device).find_map(|interface| {
         let link = *interface.address?.as_link_addr()?;
         let index = u32::try_from(link.ifindex()).ok()?;
@@ -72,21 +76,10 @@ fn ethernet(device: &str) -> io::Result<Option<(u32, [u8; 6])>> {
     }))
 }
 
-fn frame(mac: [u8; 6], ip: Ipv4Addr, operation: u16) -> Vec<u8> {
-    let target = if operation == REPLY { BROADCAST } else { [0; 6] };
-    let mut frame = Vec::with_capacity(42);
-    frame.extend(BROADCAST);
-    frame.extend(mac);
-    frame.extend(ETHERTYPE_ARP.to_be_bytes());
-    frame.extend(1_u16.to_be_bytes()); // Ethernet
-    frame.extend(0x0800_u16.to_be_bytes()); // IPv4
-    frame.extend([6, 4]);
-    frame.extend(operation.to_be_bytes());
-    frame.extend(mac);
-    frame.extend(ip.octets());
-    frame.extend(target);
-    frame.extend(ip.octets());
-    frame
+/// Whether the kernel calls itself a router in the advertisements that it sends from `device`.
+fn is_router(device: &str) -> bool {
+    let path = format!("/proc/sys/net/ipv6/conf/{device}/forwarding");
+    std::fs::read_to_string(path).is_ok_and(|text| text.trim() != "0")
 }
 
 fn packet_socket() -> io::Result<OwnedFd> {
@@ -103,10 +96,11 @@ fn send(socket: &OwnedFd, index: u32, frame: &[u8]) -> io::Result<()> {
     // SAFETY: all-zero bytes are a valid sockaddr_ll.
     let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
     to.sll_family = libc::AF_PACKET as u16;
-    to.sll_protocol = ETHERTYPE_ARP.to_be();
+    // Both as the frame itself says.
+    to.sll_protocol = u16::from_ne_bytes([frame[12], frame[13]]);
     to.sll_ifindex = index.cast_signed();
     to.sll_halen = 6;
-    to.sll_addr[..6].copy_from_slice(&BROADCAST);
+    to.sll_addr[..6].copy_from_slice(&frame[..6]);
     // SAFETY: buffer and address are valid for the lengths given.
     let sent = unsafe {
         libc::sendto(
@@ -124,22 +118,12 @@ fn send(socket: &OwnedFd, index: u32, frame: &[u8]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::Ipv4Addr;
 
     #[test]
     fn only_ethernet_can_be_announced() {
         assert!(!is_ethernet("lo"));
-        let error = Announcement::prepare(Ipv4Addr::LOCALHOST, "no-such").unwrap_err();
+        let error = Announcement::prepare(Ipv4Addr::LOCALHOST.into(), "no-such").unwrap_err();
         assert_eq!(error.to_string(), "no-such is no Ethernet interface");
-    }
-
-    #[test]
-    fn sender_and_target_are_the_announced_address() {
-        let ip = Ipv4Addr::new(10, 77, 0, 100);
-        let frame = frame([2, 0, 0, 0, 0, 1], ip, REPLY);
-        assert_eq!(frame.len(), 42);
-        assert_eq!(&frame[..6], &BROADCAST);
-        assert_eq!(&frame[28..32], &ip.octets());
-        assert_eq!(&frame[38..42], &ip.octets());
-        assert_eq!(&frame[20..22], &REPLY.to_be_bytes());
     }
 }

@@ -66,11 +66,7 @@ fn remove_migration(bundle: &Path) -> Result<()> {
     let images = std::fs::remove_dir_all(paths::images(&migration));
     let unlocked = unlock_netns(bundle, &migration);
     let _ = std::fs::remove_dir_all(paths::hide(&migration));
-    let output = quarantine::remove(&migration).stdin(Stdio::null()).output().context("run nft")?;
-    if !output.status.success() {
-        let text = String::from_utf8_lossy(&output.stderr).trim().to_string();
-        return Err(crate::error::Error::internal(format!("nft: {text}")));
-    }
+    quarantine::clear(&migration).context("forget the migration")?;
     match images {
         Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
             Err(err).context("remove the images")

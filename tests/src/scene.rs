@@ -11,6 +11,9 @@ use crate::{Host, Job, Lab, Output};
 /// The address that moves with a container.
 pub const FLOATING: &str = "10.77.0.100";
 
+/// The same of IPv6.
+pub const FLOATING_6: &str = "fd77::100";
+
 /// The runtime that ferry's shim answers for.
 pub const RUNTIME: &str = "io.containerd.ferry.v2";
 
@@ -53,9 +56,17 @@ impl Scene {
     /// # Errors
     /// When it does not answer.
     pub fn start_redis(&self, name: &str, keys: u32) -> Result<()> {
+        self.start_redis_at(name, keys, &format!("{FLOATING}/24 dev eth0"))
+    }
+
+    /// [`Self::start_redis`] with another address, in the words of `ip addr add`.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn start_redis_at(&self, name: &str, keys: u32, address: &str) -> Result<()> {
         let host = self.host(name);
         host.run(&format!(
-            "ip addr add {FLOATING}/24 dev eth0; ctr run -d --null-io --net-host \
+            "ip addr add {address}; ctr run -d --null-io --net-host \
              --runtime {RUNTIME} docker.io/library/redis:latest redis \
              redis-server --protected-mode no --save '' --enable-debug-command yes"
         ))?;
@@ -74,10 +85,18 @@ impl Scene {
     /// # Errors
     /// When it does not start.
     pub fn start_client(&self, connections: u32) -> Result<Job> {
+        self.start_client_at(FLOATING, connections)
+    }
+
+    /// [`Self::start_client`] of another address; one of IPv6 in brackets.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn start_client_at(&self, address: &str, connections: u32) -> Result<Job> {
         let job = self
             .lab
             .client()
-            .spawn(&format!("exec ferry-echo redis {FLOATING}:6379 --connections {connections}"))?;
+            .spawn(&format!("exec ferry-echo redis {address}:6379 --connections {connections}"))?;
         // Connected and under way.
         std::thread::sleep(Duration::from_millis(500));
         Ok(job)
@@ -162,6 +181,7 @@ pub fn traces(host: &Host) -> Result<Vec<String>> {
     let script = r#"
         nft list ruleset | sed 's/^/rule /'
         ip -o -4 addr | awk '$4 !~ /^10.77.0.[1-9]\// {print "address", $2, $4}'
+        ip -o -6 addr show scope global | awk '$4 !~ /^fd77::[0-9a-f][0-9a-f]?\// {print "address", $2, $4}'
         ctr containers ls -q | sed 's/^/container /'
         ctr tasks ls | awk 'NR > 1 {print "task", $1, $3}'
         ctr leases ls -q | sed 's/^/lease /'

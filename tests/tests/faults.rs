@@ -209,6 +209,34 @@ fn a_shim_killed_in_a_migration_takes_its_container_along_and_nothing_else() -> 
     wait_for_traces_but_pages(scene.host("b"), &before.1, "the shim was killed")
 }
 
+#[test]
+fn a_container_is_served_whose_agent_died_before_it_opened_the_address() -> Result<()> {
+    let scene = Scene::start()?;
+    scene.start_redis("a", 1000)?;
+    let (a, b) = (scene.host("a"), scene.host("b"));
+    let client = scene.start_client(5)?;
+    let ip = format!("--ip {FLOATING}/24");
+    let job = stop_at(&scene, "redis", Phase::Release.name(), ("a", "b"), &ip)?;
+    ensure!(b.run("nft list ruleset")?.stdout.contains("ferry-"), "nothing keeps it silent");
+    // The release takes until CRIU goes on; meanwhile the agent is lost, and the driver, so that
+    // nobody asks another one.
+    b.run("pkill -STOP -x criu")?;
+    go_on(a)?;
+    b.wait_until("it was decided", |h| {
+        h.output("ls /run/ferry/records/*.decided").is_ok_and(|o| o.status.success())
+    })?;
+    kill_ferry(a)?;
+    kill_ferry(b)?;
+    b.run("pkill -CONT -x criu")?;
+    job.wait(Duration::from_secs(20))?;
+    is_served(&scene)?;
+    assert_eq!(task_state(b, "redis")?.as_deref(), Some("RUNNING"));
+    assert_eq!(b.run("nft list ruleset")?.stdout, "");
+    finish_client(client)?;
+    scene.try_migrate("redis", "a", "b", &ip)?.checked("settle")?;
+    is_served(&scene)
+}
+
 /// A migration that a broken destination makes fail; the container must not notice.
 fn fails_cleanly(
     scene: &Scene,

@@ -152,7 +152,7 @@ fn connections_that_cannot_follow_are_refused_by_name() -> Result<()> {
 
     refused(&scene, "redis", "--ip 10.77.0.55/24", "address-missing")?;
     refused(&scene, "redis", &format!("--ip {FLOATING}"), "/24")?;
-    refused(&scene, "redis", "--ip fd77::100/64", "only IPv4")?;
+    refused(&scene, "redis", "--ip fd77::100/64", "address-missing")?;
     let away = a.output(&format!("ferry migrate redis --to ssh://root@10.77.0.99 {ip}"))?;
     ensure!(away.stderr.contains("ssh cannot reach it"), "{away}");
     let scheme = a.output(&format!("ferry migrate redis --to tcp://10.77.0.2 {ip}"))?;

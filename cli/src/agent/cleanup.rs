@@ -3,7 +3,7 @@
 use std::io;
 
 use anyhow::{Context, Result, bail};
-use ferry_oci::announce::gratuitous_arp;
+use ferry_oci::announce::to_neighbours;
 use ferry_oci::record::Record;
 use ferry_oci::{paths, quarantine};
 
@@ -80,7 +80,7 @@ async fn blocking<T: Send + 'static>(
 /// Announces an address whose container runs here. What fails is told and nothing more: no answer
 /// about the container depends on it.
 pub(super) async fn announce(migration: &str, cidr: Cidr, device: &str) {
-    if let Err(error) = gratuitous_arp(cidr.ip, device) {
+    if let Err(error) = to_neighbours(cidr.ip, device) {
         log::warn!("announce {cidr}: {error:#}");
     }
     if let Err(error) = clear(migration).await {

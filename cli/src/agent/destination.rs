@@ -40,6 +40,8 @@ const RESTORE: Duration = Duration::from_secs(120);
 struct Arriving {
     cidr: Cidr,
     device: String,
+    /// The host may choose it for connections of its own, as the source may.
+    preferred: bool,
     /// Until the rules have gone.
     held: Option<Held>,
     announcement: Announcement,
@@ -110,7 +112,9 @@ impl Destination {
             Request::PutImage(image) => self.put_image(image).await?,
             Request::PutContainer(new) => self.put_container(*new).await?,
             Request::PutLayer => self.put_layer(input).await?,
-            Request::PutAddress { cidr, queue } => return self.put_address(cidr, queue).await,
+            Request::PutAddress { cidr, queue, preferred } => {
+                return self.put_address(cidr, queue, preferred).await;
+            }
             Request::Announce => self.announce_early()?,
             Request::OpenPages => return self.open_pages(),
             Request::Pages => self.put_pages(input).await?,
@@ -186,19 +190,18 @@ impl Destination {
         forwarded
     }
 
-    async fn put_address(&mut self, cidr: Cidr, queue: bool) -> Result<Reply> {
+    async fn put_address(&mut self, cidr: Cidr, queue: bool, preferred: bool) -> Result<Reply> {
         let device = address::device_for(&cidr)?
             .with_context(|| format!("no interface here is in the network of {cidr}"))?;
         // Silent first: the kernel must not answer for it before the sockets are there.
         let migration = self.migration.clone();
-        let ip = cidr.ip.into();
-        let start = move || Held::start(&migration, &[ip], queue);
+        let start = move || Held::start(&migration, &[cidr.ip], queue);
         let held = tokio::task::spawn_blocking(start).await??;
         address::add(cidr, &device).await?;
         let announcement =
             Announcement::prepare(cidr.ip, &device).context("prepare to announce")?;
         let queued = matches!(held.how(), How::Queued(_));
-        self.ip = Some(Arriving { cidr, device, held: Some(held), announcement });
+        self.ip = Some(Arriving { cidr, device, preferred, held: Some(held), announcement });
         Ok(Reply::Address { queued })
     }
 
@@ -353,6 +356,12 @@ impl Destination {
             failed => log::warn!("remove the rules of {cidr}: {failed:?}"),
         }
         cleanup::announce(&self.migration, cidr, &ip.device).await;
+        // Not before, or connections that the host opens would have waited in vain.
+        if ip.preferred
+            && let Err(error) = address::prefer(cidr, &ip.device).await
+        {
+            log::warn!("let this host choose {cidr}: {error:#}");
+        }
     }
 
     /// Whether this is `migration`.

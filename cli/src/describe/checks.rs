@@ -42,7 +42,9 @@ pub(crate) struct Facts<'a> {
     /// Interface of the source that has `ip`.
     pub(crate) ip_on_source: Option<&'a str>,
     /// Addresses of the source that the kernel would remove along with `ip`.
-    pub(crate) goes_along: &'a [std::net::Ipv4Addr],
+    pub(crate) goes_along: &'a [IpAddr],
+    /// The connection to the destination comes from `ip` itself.
+    pub(crate) link_on_ip: bool,
 }
 
 /// Host paths that the destination must have for this container.
@@ -89,9 +91,9 @@ fn hosts(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
             let what = format!("runc does not start on the {side} {name}");
             block(found, "runc-missing", what, "install runc 1.2 or newer there");
         }
-        if !host.nft {
-            let what = format!("nft does not start on the {side} {name}");
-            block(found, "nft-missing", what, "install nftables there");
+        if !host.nf_tables {
+            let what = format!("the kernel of the {side} {name} has no nf_tables");
+            block(found, "nf-tables", what, "load the module nf_tables there");
         }
         if !host.shim {
             let what = format!("containerd-shim-ferry-v2 is not in the path of {side} {name}");
@@ -241,6 +243,15 @@ fn address(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
         let cure = "sysctl -w net.ipv4.conf.all.promote_secondaries=1, or add it last";
         block(found, "address-primary", what, cure);
     }
+    if facts.link_on_ip {
+        let what = format!("the connection to the destination comes from {} itself", cidr.ip);
+        let device = facts.ip_on_source.unwrap_or("DEVICE");
+        let cure = format!(
+            "let this host choose another address: ip addr change {cidr} dev {device} \
+             preferred_lft 0"
+        );
+        block(found, "address-own", what, &cure);
+    }
     if let Some(device) = &facts.room.address_on {
         let what = format!("the destination has {} already, on {device}", cidr.ip);
         block(
@@ -252,7 +263,8 @@ fn address(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
     }
     if facts.room.device.is_none() {
         let what = format!("no interface of the destination is in the network of {cidr}");
-        block(found, "address-network", what, "choose a destination in the same network");
+        let cure = "choose a destination that has an address of its own in the same network";
+        block(found, "address-network", what, cure);
     }
 }
 
@@ -269,7 +281,7 @@ fn connections(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
 /// Only what is on the moved address can follow it.
 fn on_the_hosts_network(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
     let container = facts.container;
-    let moved = facts.ip.map(|c| IpAddr::V4(c.ip));
+    let moved = facts.ip.map(|c| c.ip);
     for socket in &container.sockets {
         let (local, remote) = (socket.local, socket.remote);
         // A peer that is on the moved address itself is a process of the source host.
@@ -288,7 +300,7 @@ fn on_the_hosts_network(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
         if socket.listening && !everywhere && Some(local.ip()) != moved && !local.ip().is_loopback()
         {
             let what = format!("{} listens on {local}, which stays behind", container.id);
-            block(found, "listener-address", what, "listen on 0.0.0.0 or on the moved address");
+            block(found, "listener-address", what, "listen on 0.0.0.0, [::] or the moved address");
         }
         if socket.protocol == Protocol::Raw {
             let what = format!("{} has a raw socket", container.id);

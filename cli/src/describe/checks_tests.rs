@@ -26,7 +26,8 @@ struct Case {
     room: RoomFacts,
     ip: Option<Cidr>,
     on_source: Option<&'static str>,
-    along: Vec<std::net::Ipv4Addr>,
+    along: Vec<IpAddr>,
+    link_on_ip: bool,
 }
 
 fn names(change: impl FnOnce(&mut Case)) -> Vec<&'static str> {
@@ -38,6 +39,7 @@ fn names(change: impl FnOnce(&mut Case)) -> Vec<&'static str> {
         ip: Some("10.77.0.100/24".parse().unwrap()),
         on_source: Some("eth0"),
         along: Vec::new(),
+        link_on_ip: false,
     };
     change(&mut case);
     let facts = Facts {
@@ -48,6 +50,7 @@ fn names(change: impl FnOnce(&mut Case)) -> Vec<&'static str> {
         ip: case.ip,
         ip_on_source: case.on_source,
         goes_along: &case.along,
+        link_on_ip: case.link_on_ip,
     };
     blockers(&facts).into_iter().map(|b| b.name).collect()
 }
@@ -60,10 +63,10 @@ fn a_plain_container_is_not_blocked() {
 #[test]
 fn each_obstacle_is_refused_by_its_name() {
     type Change = fn(&mut Case);
-    let cases: [(&str, Change); 42] = [
+    let cases: [(&str, Change); 43] = [
         ("criu-missing", |c| c.destination.criu = None),
         ("runc-missing", |c| c.source.runc = None),
-        ("nft-missing", |c| c.destination.nft = false),
+        ("nf-tables", |c| c.destination.nf_tables = false),
         ("shim-missing", |c| c.destination.shim = false),
         ("same-host", |c| c.destination = c.source.clone()),
         ("architecture", |c| c.destination.arch = "aarch64".into()),
@@ -124,6 +127,7 @@ fn each_obstacle_is_refused_by_its_name() {
         ("snapshotter", |c| c.container.snapshotter = "btrfs".into()),
         ("ip-unused", |c| c.container.network = Network::Loopback),
         ("address-primary", |c| c.along = vec!["10.77.0.1".parse().unwrap()]),
+        ("address-own", |c| c.link_on_ip = true),
         ("address-missing", |c| c.on_source = None),
         ("address-taken", |c| c.room.address_on = Some("eth0".into())),
         ("address-network", |c| c.room.device = None),
@@ -147,6 +151,26 @@ fn connections_that_cannot_follow_are_named() {
     let both = [local, connection("127.0.0.1:5000", "127.0.0.1:6379")];
     assert_eq!(names(|c| c.container.sockets.extend(both)), [""; 0]);
     assert_eq!(names(|c| c.ip = None), ["connection"]);
+}
+
+#[test]
+fn connections_on_a_moved_ipv6_address_follow_and_others_do_not() {
+    let with = |local: &str, remote: &str| {
+        let sockets = vec![listener("[::]:6379"), connection(local, remote)];
+        names(|c| {
+            c.ip = Some("fd77::100/64".parse().unwrap());
+            c.container.sockets = sockets;
+        })
+    };
+    assert_eq!(with("[fd77::100]:6379", "[fd77::fe]:5"), [""; 0]);
+    for (local, remote) in [
+        ("10.77.0.100:6379", "10.77.0.254:5"),
+        ("[fd77::1]:6379", "[fd77::fe]:5"),
+        ("[fd77::100]:6379", "[fd77::100]:5"),
+        ("[::1]:6379", "[::1]:5"),
+    ] {
+        assert_eq!(with(local, remote), ["connection"], "{local} {remote}");
+    }
 }
 
 #[test]

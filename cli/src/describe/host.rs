@@ -6,6 +6,7 @@ use std::process::Command;
 
 use ferry_oci::awake::Awake;
 use ferry_oci::criu::{FastTar, find_library};
+use ferry_oci::quarantine;
 use serde::{Deserialize, Serialize};
 
 /// What a host is, as far as a move depends on it.
@@ -27,8 +28,8 @@ pub(crate) struct HostFacts {
     pub(crate) criu: Option<String>,
     /// Version of runc, `None` where it does not start.
     pub(crate) runc: Option<String>,
-    /// Whether `nft` starts.
-    pub(crate) nft: bool,
+    /// Whether the kernel has nf_tables.
+    pub(crate) nf_tables: bool,
     /// Whether the shim is in the path.
     pub(crate) shim: bool,
     /// Whether the library that hides memory from CRIU is installed.
@@ -59,7 +60,7 @@ impl HostFacts {
             cgroups: cgroups(&read("/proc/self/mounts")).to_owned(),
             criu: version_of("criu", "Version:"),
             runc: version_of("runc", "runc version"),
-            nft: Command::new("nft").arg("--version").output().is_ok_and(|o| o.status.success()),
+            nf_tables: quarantine::present().is_ok(),
             shim: in_path("containerd-shim-ferry-v2"),
             hide_library: find_library().is_some(),
             fast_tar: FastTar::find().is_some(),

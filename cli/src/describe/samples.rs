@@ -19,7 +19,7 @@ pub(crate) fn host(name: &str) -> HostFacts {
         cgroups: "v2".into(),
         criu: Some("4.2.1".into()),
         runc: Some("1.3.6".into()),
-        nft: true,
+        nf_tables: true,
         shim: true,
         hide_library: true,
         fast_tar: true,

@@ -290,6 +290,10 @@ impl Migration {
                 ip: options.ip,
                 ip_on_source: device.as_deref(),
                 goes_along: &goes_along,
+                link_on_ip: match options.ip {
+                    Some(cidr) => link.comes_from(cidr.ip)?,
+                    None => false,
+                },
             });
             let fast = fast::choose(&fast::Facts {
                 source: &here,

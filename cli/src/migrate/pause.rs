@@ -20,6 +20,7 @@ use super::report::Happened;
 use super::source::{Hold, Source};
 use super::{Migration, Mode};
 use crate::containerd::Stdio;
+use crate::network::address;
 use crate::transport::link::{Link, unexpected};
 use crate::wire::messages::{ImageSpec, NewContainer, Reply, Request};
 
@@ -123,7 +124,9 @@ impl Migration {
         happened.packets_queued = timeline
             .run(Phase::Address, async {
                 let Some(cidr) = options.ip else { return Ok(false) };
-                let order = Request::PutAddress { cidr, queue: fast.contains(&Fast::Queue) };
+                let preferred = address::is_preferred(cidr.ip)?;
+                let queue = fast.contains(&Fast::Queue);
+                let order = Request::PutAddress { cidr, queue, preferred };
                 match link.ask(&order, patience).await? {
                     Reply::Address { queued } => {
                         if !queued && fast.contains(&Fast::Queue) {

@@ -391,7 +391,7 @@ pub(super) async fn revert(address: &ContainerdAddress, record: &Record) -> Resu
 /// Removes what a shim leaves that was killed in a migration.
 ///
 /// # Errors
-/// When nft or the file system refuses.
+/// When the kernel refuses.
 pub(super) async fn clear(migration: &str) -> Result<()> {
     cleanup::clear(migration).await?;
     remove_images(migration)

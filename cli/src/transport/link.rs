@@ -1,10 +1,12 @@
 //! The protocol on the driver's side: one request at a time, each with a deadline.
 
 use std::io;
+use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use ferry_oci::sockets;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, BufWriter};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -65,6 +67,16 @@ impl Link {
     /// Name of the host at the other end.
     pub(crate) fn host(&self) -> &str {
         &self.host
+    }
+
+    /// Whether this end of it is at `ip`, which then must not fall silent.
+    ///
+    /// # Errors
+    /// When sockets cannot be read.
+    pub(crate) fn comes_from(&self, ip: IpAddr) -> io::Result<bool> {
+        let Some(pid) = self.session.pid() else { return Ok(false) };
+        let sockets = sockets::of_processes(&[pid])?;
+        Ok(sockets.iter().any(|s| s.connected && s.local.ip() == ip))
     }
 
     /// Bytes sent so far.

@@ -82,6 +82,14 @@ impl Session {
         }
     }
 
+    /// The process here that the stream runs through, until it has ended.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        match self {
+            Self::Ssh(session) => session.pid(),
+            Self::Unix(_) => None,
+        }
+    }
+
     /// Why the stream ended.
     pub(crate) async fn diagnose(&mut self) -> String {
         match self {

@@ -125,6 +125,11 @@ impl Session {
         Ok((Self { child, printed }, output, input))
     }
 
+    /// The process, until it has ended.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
     /// Why the stream ended.
     pub(crate) async fn diagnose(&mut self) -> String {
         let wait = tokio::time::timeout(std::time::Duration::from_secs(2), self.child.wait());

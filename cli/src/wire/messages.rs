@@ -49,6 +49,8 @@ pub(crate) enum Request {
         cidr: Cidr,
         /// Packets for it wait; if not, they are dropped.
         queue: bool,
+        /// The host may choose it for connections of its own once it is open.
+        preferred: bool,
     },
     /// Leads the clients to this host, while the address is still silent here.
     Announce,
@@ -219,7 +221,13 @@ mod tests {
 
     #[test]
     fn an_address_in_a_request_is_checked_when_it_is_read() {
-        let bad = r#"{"PutAddress":{"cidr":"10.0.0.1/99","queue":true}}"#;
-        assert!(serde_json::from_str::<Request>(bad).is_err());
+        let put = |cidr: &str| {
+            let order = r#"{"PutAddress":{"cidr":"CIDR","queue":true,"preferred":false}}"#;
+            serde_json::from_str::<Request>(&order.replace("CIDR", cidr))
+        };
+        assert!(put("10.0.0.1/24").is_ok() && put("fd00::5/64").is_ok());
+        for bad in ["10.0.0.1/99", "fd00::5/129", "fe80::5/64"] {
+            assert!(put(bad).is_err(), "{bad}");
+        }
     }
 }

@@ -1,4 +1,5 @@
-//! Keeps an address silent: no packet and no ARP for it or from it passes this host.
+//! Keeps an address silent: no packet for it or from it passes this host, nor ARP or neighbour
+//! discovery about it.
 //!
 //! The same rules serve both ends of a move. On the source they are the container's connection
 //! lock: from before the freeze until the address has left, the kernel must neither acknowledge
@@ -11,13 +12,11 @@
 //!      └──┬──────┘
 //!      rules.rs              tables, chains and rules of nf_tables
 //!      netlink.rs            messages to the kernel; the reader of a queue uses them too
-//! commands.rs                the same by nft(8), for those who have a process to spare
 //! ```
 //!
 //! All rules are in two tables that carry the migration's id, so that removing them can never touch
 //! anybody else's.
 
-mod commands;
 mod hold;
 pub mod netlink;
 mod prepared;
@@ -27,7 +26,6 @@ mod tests;
 
 use std::io;
 
-pub use commands::{add, list, migrations_in, open, remove};
 pub use hold::{Hold, How};
 use netlink::{Answer, Socket};
 pub use prepared::Prepared;
@@ -57,9 +55,21 @@ pub fn table(migration: &str) -> String {
 /// # Errors
 /// When the kernel refuses.
 pub fn clear(migration: &str) -> Result<(), Error> {
-    let what = "remove the rules of the address";
+    remove(&table(migration), "remove the rules of the address")
+}
+
+/// Removes the table `name`, which may be anybody's, from this thread's network namespace, with all
+/// in it; no error when it is not there. Blocks as [`clear`] does.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn remove_table(name: &str) -> Result<(), Error> {
+    remove(name, "remove a table")
+}
+
+fn remove(table: &str, what: &'static str) -> Result<(), Error> {
     let socket = Socket::open().map_err(|source| Error { what, source })?;
-    run(&socket, Script::new(&table(migration)).delete(), what)
+    run(&socket, Script::new(table).delete(), what)
 }
 
 /// The migrations that have rules here, sorted.

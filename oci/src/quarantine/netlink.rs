@@ -1,6 +1,7 @@
 //! Messages to and from the kernel's netfilter subsystems, over a netlink socket.
 //!
-//! nft(8) takes 10 to 15 ms to start, most of a pause. A message of our own takes less than one.
+//! A program that does this takes 10 to 15 ms to start, most of a pause. A message of our own takes
+//! less than one.
 //!
 //! ```text
 //! nlmsghdr 16 bytes │ nfgenmsg 4 bytes │ attributes: length, type, data, padded to 4

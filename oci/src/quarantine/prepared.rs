@@ -80,9 +80,27 @@ impl Prepared {
         self.transact(&self.unlock, "unlock the connections")
     }
 
+    /// What dropping does, and says when it fails.
+    ///
+    /// # Errors
+    /// When the kernel refuses; [`super::clear`] may be tried.
+    pub fn remove(mut self) -> Result<(), Error> {
+        self.leave = true;
+        self.remove_now()
+    }
+
     /// Leaves the tables as they are: whoever knows the migration's id removes them.
     pub fn leave(mut self) {
         self.leave = true;
+    }
+
+    fn remove_now(&self) -> Result<(), Error> {
+        // At once, as opposed to what follows. If the tables are gone there is nothing to unlock.
+        if self.unlock().is_ok() {
+            wait_for_others(OTHERS);
+        }
+        let table = table(&self.migration);
+        run(&self.socket, Script::new(&table).delete(), "remove the connection lock")
     }
 
     fn transact(&self, sealed: &[u8], what: &'static str) -> Result<(), Error> {
@@ -92,15 +110,9 @@ impl Prepared {
 
 impl Drop for Prepared {
     fn drop(&mut self) {
-        if self.leave {
-            return;
-        }
-        // At once, as opposed to what follows. If the tables are gone there is nothing to unlock.
-        if self.unlock().is_ok() {
-            wait_for_others(OTHERS);
-        }
-        let table = table(&self.migration);
-        if let Err(error) = run(&self.socket, Script::new(&table).delete(), "remove the lock") {
+        if !self.leave
+            && let Err(error) = self.remove_now()
+        {
             log::warn!("migration {}: {error}: {}", self.migration, error.source);
         }
     }

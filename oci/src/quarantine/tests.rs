@@ -110,6 +110,24 @@ fn a_lock_that_is_left_stays_until_its_migration_is_cleared() {
 }
 
 #[test]
+fn a_table_is_removed_by_its_name_and_no_other() {
+    in_namespace(|| {
+        for migration in ["m-1", "m-2"] {
+            let lock = Prepared::new(migration, &[MOVED]).unwrap();
+            lock.lock().unwrap();
+            lock.leave();
+        }
+        remove_table("ferry-m-1").unwrap();
+        remove_table("ferry-m-1").unwrap();
+        remove_table("CRIU-7").unwrap();
+        assert_eq!(present().unwrap(), ["m-2"]);
+        assert!(!passes(MOVED));
+        remove_table("ferry-m-2").unwrap();
+        assert!(passes(MOVED));
+    });
+}
+
+#[test]
 fn a_lock_whose_tables_were_taken_away_says_so() {
     in_namespace(|| {
         let lock = Prepared::new("m-1", &[MOVED]).unwrap();

@@ -8,10 +8,10 @@ use containerd_shim::protos::shim::oci::CheckpointOptions;
 use ferry_oci::criu::{self, CONFIG_ENV, Config, DumpOptions, DumpRecord, NetworkLock};
 use ferry_oci::netns::Netns;
 use ferry_oci::pages::areas::is_being_filled;
+use ferry_oci::quarantine;
 use ferry_oci::runc::Checkpoint;
 use log::warn;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 /// How long a dump asked for through the Task API may take. It is long because ending CRIU in the
@@ -151,14 +151,16 @@ impl Container {
         let Ok(Some(run)) = criu::run_id(log) else {
             return;
         };
-        let mut nft = Command::new("nft");
-        nft.args(["delete", "table", "inet", &format!("CRIU-{run}")]);
-        nft.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let netns = Netns::of(self.snapshot().pid).context("open the network namespace");
-        let entered = netns.and_then(|netns| netns.enter(&mut nft).context("enter it"));
-        match entered.and_then(|()| self.runtime.reaper.spawn(nft)) {
-            // nft fails when there is no such table, which is the usual case.
-            Ok(mut nft) => drop(nft.wait().await),
+        let pid = self.snapshot().pid;
+        let remove = move || {
+            let table = format!("CRIU-{run}");
+            let netns = Netns::of(pid).context("open the network namespace")?;
+            let removed = netns.run(|| quarantine::remove_table(&table));
+            removed.context("enter the network namespace")?.context(table)
+        };
+        match tokio::task::spawn_blocking(remove).await {
+            Ok(Ok(())) => {}
+            Ok(Err(err)) => warn!("remove CRIU's network lock: {err}"),
             Err(err) => warn!("remove CRIU's network lock: {err}"),
         }
     }

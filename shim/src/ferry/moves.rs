@@ -4,11 +4,12 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ferry_oci::api::ferry::Phase;
+use ferry_oci::quarantine;
 
 use super::destination::AtDestination;
 use super::lease::Lease;
 use super::source::AtSource;
-use crate::error::{Error, Result};
+use crate::error::{Context as _, Error, Result};
 
 /// The migration of each container that has had one.
 #[derive(Default)]
@@ -87,12 +88,30 @@ impl Move {
                 if destination.undecided() {
                     log::warn!("the agent was lost before the commit: ending the restore");
                     self.abort(&mut side).await;
+                    return Ok(());
+                }
+                let Seen { phase, migration } = self.seen();
+                if phase == Phase::PHASE_RELEASED {
+                    // The agent does this too; if it was killed, nobody else would soon.
+                    let opened = tokio::task::spawn_blocking(move || open_address(&migration));
+                    opened.await.context("open the address")??;
+                    *side = Side::None;
                 }
                 Ok(())
             }
             _ => Ok(()),
         }
     }
+}
+
+/// Removes what is left of the rules that keep the address silent of a container that runs here.
+fn open_address(migration: &str) -> Result<()> {
+    let silent = quarantine::present().context("look for the address's rules")?;
+    if silent.iter().any(|m| m == migration) {
+        log::warn!("the agent was lost after the release: opening the address");
+        quarantine::clear(migration).context("open the address")?;
+    }
+    Ok(())
 }
 
 /// Steps of a migration.

@@ -11,7 +11,7 @@
 //! the kernel's timers run on. What they sent after the receiver was dumped and had acknowledged
 //! before the sender was dumped would be in neither image.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use ferry_oci::quarantine::Prepared;
 
@@ -24,7 +24,7 @@ use crate::error::{Context as _, Error, Result};
 pub(super) fn lock(
     container: &Container,
     migration: &str,
-    addresses: &[Ipv4Addr],
+    addresses: &[IpAddr],
 ) -> Result<Option<Prepared>> {
     let Some(netns) = container.given_netns()? else { return Ok(None) };
     if let Some(ip) = addresses.first() {

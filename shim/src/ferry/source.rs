@@ -1,6 +1,6 @@
 //! A container that leaves: frozen, dumped, and either given back or ended.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -49,7 +49,7 @@ pub(super) struct AtSource {
     /// It is in a network namespace that was given by path, where `lock` is.
     given_netns: bool,
     /// What is announced again on a rollback, and where: the clients have been led away.
-    announce: Option<(Ipv4Addr, String)>,
+    announce: Option<(IpAddr, String)>,
     fast: Vec<Fast>,
     /// As long as its clients wait.
     awake: Option<Awake>,
@@ -90,6 +90,13 @@ impl AtSource {
         self.container.bundle().join("ferry-dump")
     }
 
+    /// Removes the lock. Not in the pause: it takes 10 ms and more.
+    async fn remove_lock(&mut self) -> Result<()> {
+        let Some(lock) = self.lock.take() else { return Ok(()) };
+        let removed = tokio::task::spawn_blocking(move || lock.remove());
+        removed.await.context("unlock")?.context("unlock")
+    }
+
     /// Lets a dump end that was prepared, with the tasks as they were.
     async fn end_dump(&mut self) {
         if let Some(dump) = self.dump.take() {
@@ -124,6 +131,9 @@ impl Move {
             Err(error) => {
                 let _ = std::fs::remove_dir_all(&images);
                 source.end_dump().await;
+                if let Err(error) = source.remove_lock().await {
+                    warn!("{error}");
+                }
                 remove_note(&source.container);
                 return Err(error);
             }
@@ -289,8 +299,10 @@ impl Move {
         // CRIU must have let go of the tasks before they run.
         source.end_dump().await;
         // Unlocked first, or the program would see its packets refused.
-        let unlocked = source.lock.as_ref().map_or(Ok(()), Prepared::unlock);
-        let mut unlocked = unlocked.context("unlock the connections");
+        if let Some(Err(error)) = source.lock.as_ref().map(Prepared::unlock) {
+            // If they are gone there is nothing to unlock; else removing them tells why.
+            warn!("{error}");
+        }
         if source.frozen {
             let freezer = source.freezer.clone();
             tokio::task::spawn_blocking(move || freezer.thaw(FREEZER))
@@ -301,16 +313,13 @@ impl Move {
         }
         // The clients may have been led away before the freeze already.
         if let Some((ip, device)) = &source.announce
-            && let Err(error) = announce::gratuitous_arp(*ip, device)
+            && let Err(error) = announce::to_neighbours(*ip, device)
         {
             warn!("announce {ip} on {device} again: {error}");
         }
         source.awake = None;
         // Its clients are served again: taking the tables away takes 10 ms and more.
-        if let Some(lock) = source.lock.take() {
-            let removed = tokio::task::spawn_blocking(move || drop(lock)).await;
-            unlocked = unlocked.and(removed.context("unlock"));
-        }
+        let unlocked = source.remove_lock().await;
         let images = source.images();
         if let Err(error) = std::fs::remove_dir_all(&images)
             && error.kind() != std::io::ErrorKind::NotFound
@@ -392,7 +401,7 @@ struct Away<'a> {
 
 /// Freezes and locks, in this order: the program would see its packets refused otherwise. What the
 /// kernel acknowledges until the lock is there is in the dump.
-async fn freeze_and_lock(source: &mut AtSource, addresses: &[Ipv4Addr]) -> Result<FreezeResponse> {
+async fn freeze_and_lock(source: &mut AtSource, addresses: &[IpAddr]) -> Result<FreezeResponse> {
     source.reservation = Some(source.container.reserve("is being migrated")?);
     must_run(&source.container)?;
     source.awake = source.takes(Fast::Awake).then(awake).flatten();
@@ -427,13 +436,12 @@ async fn freeze(source: &mut AtSource) -> Result<Duration> {
 }
 
 /// Tables that take effect at once when they are wanted. None without addresses.
-async fn prepare_lock(migration: &str, addresses: &[Ipv4Addr]) -> Result<Option<Prepared>> {
+async fn prepare_lock(migration: &str, addresses: &[IpAddr]) -> Result<Option<Prepared>> {
     if addresses.is_empty() {
         return Ok(None);
     }
-    let ips: Vec<_> = addresses.iter().copied().map(IpAddr::from).collect();
-    let migration = migration.to_owned();
-    let made = tokio::task::spawn_blocking(move || Prepared::new(&migration, &ips)).await;
+    let (migration, addresses) = (migration.to_owned(), addresses.to_vec());
+    let made = tokio::task::spawn_blocking(move || Prepared::new(&migration, &addresses)).await;
     Ok(Some(made.context("prepare the lock")?.context("prepare the connection lock")?))
 }
 
@@ -505,9 +513,9 @@ fn at_source(side: &mut Side) -> Result<&mut AtSource> {
     }
 }
 
-fn addresses(texts: &[String]) -> Result<Vec<Ipv4Addr>> {
+fn addresses(texts: &[String]) -> Result<Vec<IpAddr>> {
     let parse = |text: &String| {
-        text.parse().map_err(|_| Error::invalid_argument(format!("{text:?} is no IPv4 address")))
+        text.parse().map_err(|_| Error::invalid_argument(format!("{text:?} is no IP address")))
     };
     texts.iter().map(parse).collect()
 }

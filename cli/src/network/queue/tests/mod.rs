@@ -16,13 +16,13 @@ use nix::sys::socket::{setsockopt, sockopt::TcpRepair};
 
 use super::*;
 use ferry_oci::announce::Announcement;
-use net::{CLIENT, MOVED, MOVED_TOO, Net};
+use net::{MOVED, MOVED_TOO, Net, client_for, in_both_families};
 
 /// Longer than anything here takes; only a failure waits for it.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-fn connect(net: &Net) -> (TcpStream, TcpStream) {
-    let listener = net.server.run(|| TcpListener::bind((MOVED, 0)).unwrap());
+fn connect(net: &Net, to: IpAddr) -> (TcpStream, TcpStream) {
+    let listener = net.server.run(move || TcpListener::bind((to, 0)).unwrap());
     let address = listener.local_addr().unwrap();
     let client = net.client.run(move || TcpStream::connect(address).unwrap());
     client.set_nodelay(true).unwrap();
@@ -35,7 +35,7 @@ fn connect(net: &Net) -> (TcpStream, TcpStream) {
 fn datagrams(net: &Net, address: IpAddr) -> (UdpSocket, UdpSocket) {
     let receiver = net.server.run(move || UdpSocket::bind((address, 0)).unwrap());
     let to = receiver.local_addr().unwrap();
-    let sender = net.client.run(|| UdpSocket::bind((CLIENT, 0)).unwrap());
+    let sender = net.client.run(move || UdpSocket::bind((client_for(address), 0)).unwrap());
     sender.connect(to).unwrap();
     receiver.set_read_timeout(Some(PATIENCE)).unwrap();
     sender.send(&u32::MAX.to_be_bytes()).unwrap();
@@ -85,81 +85,85 @@ fn left_behind(net: &Net) -> Vec<String> {
 
 #[test]
 fn tcp_that_was_held_arrives_in_order_without_a_retransmission() {
-    let net = Net::new();
-    let (mut client, mut server) = connect(&net);
-    let held = hold(&net, "m-1", MOVED);
-    let sent: Vec<u8> = (0..8).collect();
-    for byte in &sent {
-        client.write_all(&[*byte]).unwrap();
-    }
-    wait_for(&held, 8);
-    sleep(Duration::from_millis(50));
-    server.set_nonblocking(true).unwrap();
-    assert_eq!(server.read(&mut [0; 8]).unwrap_err().kind(), ErrorKind::WouldBlock);
-    server.set_nonblocking(false).unwrap();
-    held.open().unwrap();
-    assert_eq!(held.release().unwrap(), 8);
-    let mut received = [0; 8];
-    server.read_exact(&mut received).unwrap();
-    assert_eq!(received, *sent);
-    server.write_all(b"answer").unwrap();
-    client.set_read_timeout(Some(PATIENCE)).unwrap();
-    client.read_exact(&mut [0; 6]).unwrap();
-    assert_eq!(net.repeated_and_reset(), (0, 0));
-    held.finish().unwrap();
-    assert!(left_behind(&net).is_empty());
+    in_both_families(|net, moved| {
+        let (mut client, mut server) = connect(net, moved);
+        let held = hold(net, "m-1", moved);
+        let sent: Vec<u8> = (0..8).collect();
+        for byte in &sent {
+            client.write_all(&[*byte]).unwrap();
+        }
+        wait_for(&held, 8);
+        sleep(Duration::from_millis(50));
+        server.set_nonblocking(true).unwrap();
+        assert_eq!(server.read(&mut [0; 8]).unwrap_err().kind(), ErrorKind::WouldBlock);
+        server.set_nonblocking(false).unwrap();
+        held.open().unwrap();
+        assert_eq!(held.release().unwrap(), 8);
+        let mut received = [0; 8];
+        server.read_exact(&mut received).unwrap();
+        assert_eq!(received, *sent);
+        server.write_all(b"answer").unwrap();
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        client.read_exact(&mut [0; 6]).unwrap();
+        assert_eq!(net.repeated_and_reset(), (0, 0));
+        held.finish().unwrap();
+        assert!(left_behind(net).is_empty());
+    });
 }
 
 #[test]
 fn a_new_connection_waits_and_is_made_after_the_release() {
-    let net = Net::new();
-    drop(datagrams(&net, MOVED)); // the client knows the way
-    let listener = net.server.run(|| TcpListener::bind((MOVED, 0)).unwrap());
-    let address = listener.local_addr().unwrap();
-    let held = hold(&net, "m-1", MOVED);
-    thread::scope(|scope| {
-        let client = &net.client;
-        let connect = move || TcpStream::connect_timeout(&address, PATIENCE).map(drop);
-        let connecting = scope.spawn(move || client.run(connect));
-        wait_for(&held, 1);
-        assert!(!connecting.is_finished());
-        held.open().unwrap();
-        held.release().unwrap();
-        connecting.join().unwrap().unwrap();
+    in_both_families(|net, moved| {
+        drop(datagrams(net, moved)); // the client knows the way
+        let listener = net.server.run(move || TcpListener::bind((moved, 0)).unwrap());
+        let address = listener.local_addr().unwrap();
+        let held = hold(net, "m-1", moved);
+        thread::scope(|scope| {
+            let client = &net.client;
+            let connect = move || TcpStream::connect_timeout(&address, PATIENCE).map(drop);
+            let connecting = scope.spawn(move || client.run(connect));
+            wait_for(&held, 1);
+            assert!(!connecting.is_finished());
+            held.open().unwrap();
+            held.release().unwrap();
+            connecting.join().unwrap().unwrap();
+        });
+        assert_eq!(net.repeated_and_reset().0, 0);
     });
-    assert_eq!(net.repeated_and_reset().0, 0);
 }
 
 #[test]
 fn an_announcement_leads_clients_here_while_the_address_is_silent() {
-    let net = Net::new();
-    let (sender, receiver) = datagrams(&net, MOVED);
-    // As if the address were elsewhere.
-    net.client.ip(format!("neighbour replace {MOVED} lladdr 02:00:00:00:00:09 dev c nud stale"));
-    let held = hold(&net, "m-1", MOVED);
-    sender.send(&[1; 4]).unwrap();
-    let IpAddr::V4(v4) = MOVED else { unreachable!() };
-    let announcement = net.server.run(move || Announcement::prepare(v4, "s").unwrap());
-    assert_eq!(held.count(), 0);
-    announcement.send().unwrap();
-    sender.send(&[2; 4]).unwrap();
-    wait_for(&held, 1);
-    held.open().unwrap();
-    held.release().unwrap();
-    assert_eq!(number(&receiver), u32::from_be_bytes([2; 4]));
+    in_both_families(|net, moved| {
+        let (sender, receiver) = datagrams(net, moved);
+        // As if the address were elsewhere.
+        net.client
+            .ip(format!("neighbour replace {moved} lladdr 02:00:00:00:00:09 dev c nud stale"));
+        let held = hold(net, "m-1", moved);
+        sender.send(&[1; 4]).unwrap();
+        let announcement = net.server.run(move || Announcement::prepare(moved, "s").unwrap());
+        assert_eq!(held.count(), 0);
+        announcement.send().unwrap();
+        sender.send(&[2; 4]).unwrap();
+        wait_for(&held, 1);
+        held.open().unwrap();
+        held.release().unwrap();
+        assert_eq!(number(&receiver), u32::from_be_bytes([2; 4]));
+    });
 }
 
 #[test]
 fn neighbours_get_no_answer_about_the_address_until_it_is_opened() {
-    let net = Net::new();
-    let (sender, _receiver) = datagrams(&net, MOVED);
-    let held = hold(&net, "m-1", MOVED);
-    net.client.ip(format!("neighbour del {MOVED} dev c"));
-    sender.send(&[1; 4]).unwrap();
-    sleep(Duration::from_millis(50));
-    assert_eq!(held.count(), 0);
-    held.open().unwrap();
-    wait_for(&held, 1); // asked again after a second
+    in_both_families(|net, moved| {
+        let (sender, _receiver) = datagrams(net, moved);
+        let held = hold(net, "m-1", moved);
+        net.client.ip(format!("neighbour del {moved} dev c"));
+        sender.send(&[1; 4]).unwrap();
+        sleep(Duration::from_millis(50));
+        assert_eq!(held.count(), 0);
+        held.open().unwrap();
+        wait_for(&held, 1); // asked again after a second
+    });
 }
 
 #[test]
@@ -204,18 +208,19 @@ fn no_datagram_is_lost_when_the_queue_hands_over_to_the_direct_way() {
 
 #[test]
 fn what_was_held_is_gone_when_it_is_dropped() {
-    let net = Net::new();
-    let (sender, receiver) = datagrams(&net, MOVED);
-    let held = hold(&net, "m-1", MOVED);
-    sender.send(&[1; 4]).unwrap();
-    wait_for(&held, 1);
-    assert_eq!(held.drop_all().unwrap(), 1);
-    sender.send(&[2; 4]).unwrap();
-    wait_for(&held, 2);
-    held.finish().unwrap();
-    assert!(nothing_arrives(&receiver));
-    sender.send(&[3; 4]).unwrap();
-    assert_eq!(number(&receiver), u32::from_be_bytes([3; 4]));
+    in_both_families(|net, moved| {
+        let (sender, receiver) = datagrams(net, moved);
+        let held = hold(net, "m-1", moved);
+        sender.send(&[1; 4]).unwrap();
+        wait_for(&held, 1);
+        assert_eq!(held.drop_all().unwrap(), 1);
+        sender.send(&[2; 4]).unwrap();
+        wait_for(&held, 2);
+        held.finish().unwrap();
+        assert!(nothing_arrives(&receiver));
+        sender.send(&[3; 4]).unwrap();
+        assert_eq!(number(&receiver), u32::from_be_bytes([3; 4]));
+    });
 }
 
 /// Not a test: the process that the next one kills.
@@ -251,7 +256,7 @@ fn process_that_holds(net: &Net) -> (Child, impl Iterator<Item = String>) {
 #[test]
 fn a_reader_killed_before_the_release_lets_nothing_through_and_no_reset_reaches_the_client() {
     let net = Net::new();
-    let (mut client, server) = connect(&net);
+    let (mut client, server) = connect(&net, MOVED);
     let (sender, receiver) = datagrams(&net, MOVED);
     let (mut reader, mut lines) = process_that_holds(&net);
     // The connection is known to no socket here, as before a restore.

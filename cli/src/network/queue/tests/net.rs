@@ -1,7 +1,9 @@
 //! Two hosts made of network namespaces, joined by a cable. They end with the test: namespaces of
 //! threads, they have no name and no file.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::io::Write;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
 use std::process::Command;
 use std::sync::mpsc::{Sender, channel};
 use std::thread;
@@ -14,6 +16,32 @@ pub(super) const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 9, 0, 2));
 /// Addresses of the server that move.
 pub(super) const MOVED: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 9, 0, 100));
 pub(super) const MOVED_TOO: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 9, 0, 101));
+const MOVED_6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd09, 0, 0, 0, 0, 0, 0, 0x100));
+const CLIENT_6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd09, 0, 0, 0, 0, 0, 0, 2));
+
+/// The client's address of the same family as `address`.
+pub(super) fn client_for(address: IpAddr) -> IpAddr {
+    if address.is_ipv4() { CLIENT } else { CLIENT_6 }
+}
+
+/// Runs `test` with an IPv4 address that moves, and with one of IPv6.
+pub(super) fn in_both_families(test: impl Fn(&Net, IpAddr)) {
+    test(&Net::new(), MOVED);
+    match has_ipv6() {
+        true => test(&Net::new(), MOVED_6),
+        false => {
+            let thread = thread::current();
+            let name = thread.name().unwrap_or("a test");
+            // Not print: the test runner would keep that to itself.
+            let text = format!("\nskipped: {name}: the kernel has no IPv6\n");
+            let _ = std::io::stderr().write_all(text.as_bytes());
+        }
+    }
+}
+
+fn has_ipv6() -> bool {
+    Path::new("/proc/sys/net/ipv6").exists()
+}
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -72,6 +100,11 @@ impl Net {
         }
         // Nothing is repeated within a test, however slow the machine: what is lost stays lost.
         client.ip(format!("route replace 10.9.0.0/24 dev c src {CLIENT} rto_min 60s"));
+        if has_ipv6() {
+            server.ip(format!("address add {MOVED_6}/64 dev s nodad"));
+            client.ip(format!("address add {CLIENT_6}/64 dev c nodad"));
+            client.ip(format!("route add fd09::/64 dev c src {CLIENT_6} metric 1 rto_min 60s"));
+        }
         client.run(|| std::fs::write("/proc/sys/net/ipv4/tcp_early_retrans", "0").unwrap());
         Self { server, client }
     }
