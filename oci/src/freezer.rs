@@ -196,7 +196,7 @@ impl Freezer {
 
 /// Whether a task's wait channel is that of the parent in a vfork(2). The kernel names the function
 /// it sleeps in, or the one that was inlined into.
-fn waits_in_vfork(wchan: &str) -> bool {
+pub(crate) fn waits_in_vfork(wchan: &str) -> bool {
     ["wait_for_vfork_done", "kernel_clone", "_do_fork"].contains(&wchan.trim())
 }
 

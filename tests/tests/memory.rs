@@ -89,9 +89,12 @@ fn every_byte_of_every_kind_of_memory_crosses_there_and_back() -> Result<()> {
         // It writes all the time: how long the pause gets is not what is looked at here.
         let report = move_checked(&scene, &mut memory, to, "--downtime-target 1000")?;
         ensure!(report["warnings"].as_array().is_some_and(Vec::is_empty), "{report}");
+        ensure!(live(&report, "stops") >= 3, "three processes, and nobody was stopped: {report}");
     }
     let after = memory.stats()?;
     ensure!(after["events"].as_u64() > before["events"].as_u64(), "{before} {after}");
+    // While it was tracked, twice, the kernel has never refused to move memory.
+    ensure!(after["refused"] == 0, "{before} {after}");
     Ok(())
 }
 

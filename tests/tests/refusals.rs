@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use ferry_tests::scene::{FLOATING, RUNTIME, Scene, traces};
+use serde_json::Value;
 
 /// Runs a migration that must be refused with `name`, and looks whether anything has changed.
 fn refused(scene: &Scene, id: &str, more: &str, name: &str) -> Result<()> {
@@ -160,4 +161,32 @@ fn connections_that_cannot_follow_are_refused_by_name() -> Result<()> {
 
     a.run("redis-cli config set bind 10.77.0.1")?;
     refused(&scene, "redis", &ip, "listener-address")
+}
+
+#[test]
+fn memory_that_is_shared_now_and_would_not_fit_then_is_refused_by_name() -> Result<()> {
+    // Processes that have forked one another and write little.
+    const TREE: &str = "check --processes 4 --threads 0 --megabytes 32 --rate 10 --events 1";
+    let scene = Scene::start()?;
+    let ip = format!("--ip {FLOATING}/24");
+    let memory = scene.start_memory("a", TREE, "")?;
+    let plan = scene.try_migrate("mem", "a", "b", &format!("{ip} --dry-run --json"))?;
+    let plan: Value = serde_json::from_str(&plan.checked("dry run")?.stdout)?;
+    let usage = &plan["facts"]["memory"]["usage"];
+    let bytes = |name: &str| usage[name].as_u64().context("no memory in the plan");
+    let (once, each) = (bytes("once")?, bytes("each")?);
+    ensure!(each > once * 2, "{usage}");
+    drop(memory);
+    end(&scene, "mem")?;
+
+    let limit = (once + each) / 2;
+    let mut memory = scene.start_memory("a", TREE, &format!("--memory-limit {limit}"))?;
+    refused(&scene, "mem", &ip, "memory-limit")?;
+    memory.check()?;
+    memory.goes_on()?;
+    // CRIU's own images keep what is shared.
+    let more = format!("{ip} --mode stop");
+    scene.try_migrate("mem", "a", "b", &more)?.checked("ferry migrate --mode stop")?;
+    memory.check()?;
+    memory.goes_on()
 }

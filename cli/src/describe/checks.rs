@@ -1,5 +1,6 @@
 //! What stands in the way of a move. Pure: facts in, named blockers with their cures out.
 
+mod memory;
 mod netns;
 
 use std::net::{IpAddr, SocketAddr};
@@ -9,6 +10,7 @@ use serde::Serialize;
 
 use super::container::{ContainerFacts, Network};
 use super::host::HostFacts;
+use super::memory::Way;
 use super::room::RoomFacts;
 use crate::network::address::Cidr;
 
@@ -17,9 +19,6 @@ pub(crate) const RUNTIME: &str = "io.containerd.ferry.v2";
 
 /// Files that `ctr run --net-host` binds from the host: the destination's own take their place.
 const HOST_FILES: [&str; 2] = ["/etc/hosts", "/etc/resolv.conf"];
-
-/// Memory that is left to the destination beside the container's, bytes.
-const MEMORY_MARGIN: u64 = 64 << 20;
 
 /// One thing that stands in the way.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -38,6 +37,8 @@ pub(crate) struct Facts<'a> {
     pub(crate) destination: &'a HostFacts,
     pub(crate) container: &'a ContainerFacts,
     pub(crate) room: &'a RoomFacts,
+    /// How the memory is to move.
+    pub(crate) way: Way,
     pub(crate) ip: Option<Cidr>,
     /// Interface of the source that has `ip`.
     pub(crate) ip_on_source: Option<&'a str>,
@@ -358,25 +359,7 @@ fn room(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
             &format!("remove it there: ctr container rm {}", container.id),
         );
     }
-    // In this mode the pages lie in the images and in the process at the same time.
-    let needed = container.resident * 2 + MEMORY_MARGIN;
-    if room.memory_available < needed {
-        let what = format!(
-            "the destination has {} MiB of memory available, {} MiB are needed",
-            room.memory_available >> 20,
-            needed >> 20
-        );
-        block(found, "memory", what, "free memory there");
-    }
-    let images = container.resident + MEMORY_MARGIN;
-    if room.images_free < images {
-        let what = format!(
-            "/run of the destination has {} MiB free, the images need {} MiB",
-            room.images_free >> 20,
-            images >> 20
-        );
-        block(found, "images-space", what, "mount -o remount,size=... /run");
-    }
+    memory::check(facts, found);
 }
 
 #[cfg(test)]

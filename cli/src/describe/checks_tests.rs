@@ -1,5 +1,7 @@
 //! One test for each blocker: a container or host that has it, beside one that has nothing.
 
+use ferry_oci::pages::areas::Usage;
+
 use super::super::container::{Bind, Names, Shared};
 use super::super::room::NetnsFacts;
 use super::super::samples::{connection, container, host, listener};
@@ -24,6 +26,7 @@ struct Case {
     destination: HostFacts,
     container: ContainerFacts,
     room: RoomFacts,
+    way: Way,
     ip: Option<Cidr>,
     on_source: Option<&'static str>,
     along: Vec<IpAddr>,
@@ -36,6 +39,7 @@ fn names(change: impl FnOnce(&mut Case)) -> Vec<&'static str> {
         destination: host("b"),
         container: container(),
         room: place(),
+        way: Way::Store { hidden: true },
         ip: Some("10.77.0.100/24".parse().unwrap()),
         on_source: Some("eth0"),
         along: Vec::new(),
@@ -47,6 +51,7 @@ fn names(change: impl FnOnce(&mut Case)) -> Vec<&'static str> {
         destination: &case.destination,
         container: &case.container,
         room: &case.room,
+        way: case.way,
         ip: case.ip,
         ip_on_source: case.on_source,
         goes_along: &case.along,
@@ -63,7 +68,7 @@ fn a_plain_container_is_not_blocked() {
 #[test]
 fn each_obstacle_is_refused_by_its_name() {
     type Change = fn(&mut Case);
-    let cases: [(&str, Change); 43] = [
+    let cases: [(&str, Change); 44] = [
         ("criu-missing", |c| c.destination.criu = None),
         ("runc-missing", |c| c.source.runc = None),
         ("nf-tables", |c| c.destination.nf_tables = false),
@@ -133,6 +138,7 @@ fn each_obstacle_is_refused_by_its_name() {
         ("address-network", |c| c.room.device = None),
         ("id-taken", |c| c.room.id_taken = true),
         ("memory", |c| c.room.memory_available = 1 << 20),
+        ("memory-limit", |c| c.container.memory.limit = Some(1 << 19)),
         ("images-space", |c| c.room.images_free = 0),
     ];
     for (name, change) in cases {
@@ -239,6 +245,79 @@ fn in_a_namespace_given_by_path_only_connections_inside_the_container_follow() {
     assert_eq!(names(&[listener("10.99.0.5:80")], &[lo]), ["netns-address"]);
     // What listens there is looked for in the namespace.
     assert_eq!(names(&[listener("0.0.0.0:22")], &[lo]), ["port-taken"]);
+}
+
+/// Processes that share memory copy-on-write: 100 MB, and 400 MB when each has its own.
+fn forked(c: &mut Case) {
+    c.container.memory.usage = Usage { once: 100 << 20, each: 400 << 20, ..Usage::default() };
+}
+
+#[test]
+fn memory_is_counted_for_each_process_unless_it_is_shared_again() {
+    let with = |available: u64, way: Way| {
+        names(|c| {
+            forked(c);
+            c.room.memory_available = available << 20;
+            c.way = way;
+        })
+    };
+    let store = Way::Store { hidden: true };
+    assert_eq!(with(400, store), ["memory"]);
+    assert_eq!(with(470, store), [""; 0]);
+    // The dump lies beside it.
+    assert_eq!(with(470, Way::Store { hidden: false }), ["memory"]);
+    // Images and processes.
+    assert_eq!(with(230, Way::Images), ["memory"]);
+    assert_eq!(with(270, Way::Images), [""; 0]);
+}
+
+#[test]
+fn a_limit_that_holds_now_is_too_low_where_nothing_is_shared() {
+    let with = |limit: u64, way: Way| {
+        names(|c| {
+            forked(c);
+            c.container.memory.limit = Some(limit << 20);
+            c.way = way;
+        })
+    };
+    let store = Way::Store { hidden: true };
+    assert_eq!(with(200, store), ["memory-limit"]);
+    assert_eq!(with(400, store), [""; 0]);
+    assert_eq!(with(200, Way::Images), [""; 0]);
+    assert_eq!(with(99, Way::Images), ["memory-limit"]);
+}
+
+#[test]
+fn the_cure_for_too_little_memory_is_named() {
+    let (a, b, mut container, mut room) = (host("a"), host("b"), container(), place());
+    container.memory.usage = Usage { once: 100 << 20, each: 400 << 20, ..Usage::default() };
+    container.memory.limit = Some(200 << 20);
+    room.memory_available = 300 << 20;
+    let facts = Facts {
+        source: &a,
+        destination: &b,
+        container: &container,
+        room: &room,
+        way: Way::Store { hidden: true },
+        ip: None,
+        ip_on_source: None,
+        goes_along: &[],
+        link_on_ip: false,
+    };
+    let found: Vec<_> = blockers(&facts).into_iter().filter(|b| b.name != "connection").collect();
+    let said = |n: usize| format!("{}; {}", found[n].what, found[n].cure);
+    assert_eq!(
+        said(0),
+        "the destination has 300 MiB of memory available, 464 MiB are needed (300 MiB of them for \
+         pages that its processes share now and will not share then); free memory there, or move \
+         it with --mode stop, which keeps them shared"
+    );
+    assert_eq!(
+        said(1),
+        "redis needs 400 MiB where it goes (300 MiB of them for pages that its processes share \
+         now and will not share then), its memory limit is 200 MiB; raise the limit, or move it \
+         with --mode stop, which keeps them shared"
+    );
 }
 
 #[test]

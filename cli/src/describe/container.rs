@@ -13,6 +13,8 @@ use ferry_oci::sockets::{self, InetSocket};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde::{Deserialize, Serialize};
 
+use super::memory::MemoryFacts;
+
 /// The network a container lives in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -105,6 +107,8 @@ pub(crate) struct ContainerFacts {
     pub(crate) io_uring: Vec<u32>,
     /// Memory that is resident, summed over the processes, bytes.
     pub(crate) resident: u64,
+    /// Its memory, by what becomes of it in a move.
+    pub(crate) memory: MemoryFacts,
     /// Processes.
     pub(crate) processes: usize,
     /// Cgroups that were made inside the container.
@@ -151,6 +155,7 @@ impl ContainerFacts {
             hooks: hooks(&spec),
             io_uring: shim.pids.iter().copied().filter(|&p| uses_io_uring(p)).collect(),
             resident: shim.pids.iter().map(|&p| resident(p)).sum(),
+            memory: MemoryFacts::gather(&spec, shim.init_pid, &shim.pids)?,
             processes: shim.pids.len(),
             own_cgroups: cgroups::made_inside(shim.init_pid)
                 .context("read the container's cgroups")?

@@ -3,6 +3,7 @@
 //! ```text
 //!   host.rs       facts of a host (both ends)            ─┐
 //!   container.rs  facts of the container (source)        ─┼─▶ checks.rs: pure, gives named blockers
+//!   memory.rs     and of its memory                       │
 //!                                                         │   fast.rs: pure, which fast paths to take
 //!   room.rs       facts of the place it goes to (dest.)  ─┘
 //! ```
@@ -12,6 +13,7 @@ pub(crate) mod checks;
 pub(crate) mod container;
 pub(crate) mod fast;
 pub(crate) mod host;
+pub(crate) mod memory;
 pub(crate) mod room;
 #[cfg(test)]
 mod samples;

@@ -2,11 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use ferry_oci::pages::areas::Usage;
 use ferry_oci::sockets::{InetSocket, Protocol};
 
 use super::checks::RUNTIME;
 use super::container::{Bind, ContainerFacts, Network};
 use super::host::HostFacts;
+use super::memory::MemoryFacts;
 
 /// A host of that name.
 pub(crate) fn host(name: &str) -> HostFacts {
@@ -52,6 +54,10 @@ pub(crate) fn container() -> ContainerFacts {
         hooks: Vec::new(),
         io_uring: Vec::new(),
         resident: 1 << 20,
+        memory: MemoryFacts {
+            usage: Usage { once: 1 << 20, each: 1 << 20, ..Usage::default() },
+            ..MemoryFacts::default()
+        },
         processes: 1,
         own_cgroups: Vec::new(),
     }

@@ -322,7 +322,8 @@ impl Engine {
         let round = self.tracker.round(frozen)?;
         self.scanned = Some(scanned);
         let changes: Vec<_> = round.processes.iter().map(Change::from).collect();
-        let stats = self.sender.round(frozen, &changes, &self.processes, out)?;
+        let mut stats = self.sender.round(frozen, &changes, &self.processes, out)?;
+        (stats.stops, stats.stopped) = (round.stops.count, round.stops.time);
         for (pid, range) in self.sender.vanished() {
             self.tracker.again(*pid, std::slice::from_ref(range));
         }

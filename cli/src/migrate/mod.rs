@@ -38,6 +38,7 @@ use crate::containerd::Containerd;
 use crate::describe::checks::{self, Facts, blockers};
 use crate::describe::fast;
 use crate::describe::host::HostFacts;
+use crate::describe::memory::Way;
 use crate::describe::room::RoomRequest;
 use crate::lock;
 use crate::network::address::{self, Cidr};
@@ -282,19 +283,6 @@ impl Migration {
                 (Some(cidr), Some(device)) => address::goes_along(&cidr, device)?,
                 _ => Vec::new(),
             };
-            let found = blockers(&Facts {
-                source: &here,
-                destination: &there,
-                container: &source.facts,
-                room: &room,
-                ip: options.ip,
-                ip_on_source: device.as_deref(),
-                goes_along: &goes_along,
-                link_on_ip: match options.ip {
-                    Some(cidr) => link.comes_from(cidr.ip)?,
-                    None => false,
-                },
-            });
             let fast = fast::choose(&fast::Facts {
                 source: &here,
                 destination: &there,
@@ -302,6 +290,26 @@ impl Migration {
                 copies_memory: self.mode != Mode::Stop,
                 moves_address: options.ip.is_some(),
                 refused: &options.no_fast,
+            });
+            let way = match self.mode {
+                Mode::Stop => Way::Images,
+                Mode::Pre | Mode::Auto => {
+                    Way::Store { hidden: fast::taken(&fast).contains(&Fast::Hide) }
+                }
+            };
+            let found = blockers(&Facts {
+                source: &here,
+                destination: &there,
+                container: &source.facts,
+                room: &room,
+                way,
+                ip: options.ip,
+                ip_on_source: device.as_deref(),
+                goes_along: &goes_along,
+                link_on_ip: match options.ip {
+                    Some(cidr) => link.comes_from(cidr.ip)?,
+                    None => false,
+                },
             });
             let plan = Plan {
                 container: options.container.clone(),
@@ -313,6 +321,7 @@ impl Migration {
                 destination: there,
                 facts: source.facts.clone(),
                 image_bytes: source.content.blobs.iter().map(|b| b.size).sum(),
+                carried: source.facts.memory.carried(way),
                 fast,
                 blockers: found,
             };

@@ -6,6 +6,7 @@ use crate::describe::checks::Blocker;
 use crate::describe::container::ContainerFacts;
 use crate::describe::fast::{Choice, taken};
 use crate::describe::host::HostFacts;
+use crate::describe::memory::{Carried, told};
 
 /// The plan, shown before anything changes.
 #[derive(Debug, Serialize)]
@@ -29,6 +30,8 @@ pub(crate) struct Plan {
     pub(crate) facts: ContainerFacts,
     /// Bytes of image blobs, at most.
     pub(crate) image_bytes: u64,
+    /// Memory that CRIU carries in the pause, and what that costs.
+    pub(crate) carried: Vec<Carried>,
     /// The fast paths, and why one is not taken.
     pub(crate) fast: Vec<Choice>,
     /// What stands in the way.
@@ -59,6 +62,9 @@ impl Plan {
         text += &format!("  mode {}, address {address}\n", self.mode);
         if let Some(why) = &self.mode_why {
             text += &format!("    {why}\n");
+        }
+        if !self.carried.is_empty() {
+            text += &format!("  carried by CRIU in the pause: {}\n", told(&self.carried));
         }
         let on = taken(&self.fast).iter().map(|fast| fast.name()).collect::<Vec<_>>().join(", ");
         text += &format!("  fast paths: {}\n", if on.is_empty() { "none" } else { &on });

@@ -1,4 +1,5 @@
 //! Takes a userfaultfd of another process: the handle by which the writes of that process are tracked.
+//! And has all of its threads stand still while areas are registered with it ([`while_standing`]).
 //!
 //! A process can only make one for itself. So it is stopped by ptrace(2) for about 0.1 ms, made to
 //! call userfaultfd(2), its new descriptor is copied by pidfd_getfd(2) and closed there again.
@@ -27,6 +28,7 @@
 mod arch;
 mod leaked;
 mod rseq;
+mod standstill;
 #[cfg(test)]
 pub(super) mod tests;
 mod tracee;
@@ -41,6 +43,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::freezer::Freezer;
+pub use standstill::while_standing;
 use tracee::{Seized, Tracee};
 
 /// How long a process is given to stop. One that runs stops in microseconds, if there is a CPU.
@@ -57,6 +60,15 @@ const USER_MODE_ONLY: u64 = 1;
 
 /// What the link of a userfaultfd in `/proc/PID/fd` reads.
 const LINK: &str = "anon_inode:[userfaultfd]";
+
+/// A userfaultfd of another process.
+#[derive(Debug)]
+pub struct Taken {
+    /// It, not yet enabled.
+    pub fd: OwnedFd,
+    /// How long the process was attached to, and stood still for most of it.
+    pub stopped: Duration,
+}
 
 /// Why no userfaultfd was taken. The process is as it was before.
 #[derive(Debug, thiserror::Error)]
@@ -132,7 +144,7 @@ impl InjectError {
 ///
 /// # Errors
 /// As [`InjectError`] says. The process is unharmed then.
-pub fn take_userfaultfd(pid: i32, known: &[BorrowedFd<'_>]) -> Result<OwnedFd, InjectError> {
+pub fn take_userfaultfd(pid: i32, known: &[BorrowedFd<'_>]) -> Result<Taken, InjectError> {
     let leaked = leaked::copies(pid, known);
     let (result, results) = mpsc::channel();
     // ptrace(2) binds the process to one thread, and lets it go when that ends.
@@ -144,7 +156,7 @@ pub fn take_userfaultfd(pid: i32, known: &[BorrowedFd<'_>]) -> Result<OwnedFd, I
 }
 
 /// Does it, reports once, and ends only when the process is as it was.
-fn run(pid: i32, leaked: &[i32], result: &mpsc::Sender<Result<OwnedFd, InjectError>>) {
+fn run(pid: i32, leaked: &[i32], result: &mpsc::Sender<Result<Taken, InjectError>>) {
     let report = |outcome| {
         // The caller waits for exactly one result; a second one finds nobody.
         let _ = result.send(outcome);
@@ -165,7 +177,8 @@ fn run(pid: i32, leaked: &[i32], result: &mpsc::Sender<Result<OwnedFd, InjectErr
             while !tracee.release(RESTORE) {}
             return;
         }
-        log::debug!("process {pid}: attached for {:?}", begin.elapsed());
+        let stopped = begin.elapsed();
+        log::debug!("process {pid}: attached for {stopped:?}");
         match outcome {
             // The kernel's own name for what it waits in may have come too late for the first look.
             Err(InjectError::Unstoppable(_)) if Status::read(pid).is_ok_and(|s| s.frozen) => {
@@ -173,7 +186,7 @@ fn run(pid: i32, leaked: &[i32], result: &mpsc::Sender<Result<OwnedFd, InjectErr
             }
             // Leaving it alone for a moment lets it come out of the sequence.
             Err(InjectError::Sequence(_)) => thread::sleep(Duration::from_micros(50)),
-            outcome => return report(outcome),
+            outcome => return report(outcome.map(|fd| Taken { fd, stopped })),
         }
     }
     report(Err(InjectError::Sequence(pid)));

@@ -147,19 +147,39 @@ impl Pagemap {
         self.scan(range, &mut arg, |raw| ranges.push(raw.start..raw.end))
     }
 
+    /// Whether the area at `address`, which must be in one, is registered for asynchronous write
+    /// protection.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn is_registered(&self, address: u64) -> io::Result<bool> {
+        let mut arg = ScanArg {
+            flags: CHECK_WPASYNC,
+            category_mask: WRITTEN,
+            return_mask: WRITTEN,
+            ..ScanArg::default()
+        };
+        match self.scan(address..address + PAGE, &mut arg, |_| {}) {
+            Ok(()) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     fn scan(
         &self,
         range: Range<u64>,
         arg: &mut ScanArg,
         mut found: impl FnMut(&RawRegion),
     ) -> io::Result<()> {
-        let mut buffer: Vec<RawRegion> = Vec::with_capacity(REGIONS);
+        let pages = ((range.end - range.start) / PAGE) as usize;
+        let mut buffer: Vec<RawRegion> = Vec::with_capacity(REGIONS.min(pages).max(1));
         let mut start = range.start;
         while start < range.end {
             arg.size = size_of::<ScanArg>() as u64;
             (arg.start, arg.end, arg.walk_end) = (start, range.end, 0);
             arg.vec = buffer.as_mut_ptr() as u64;
-            arg.vec_len = REGIONS as u64;
+            arg.vec_len = buffer.capacity() as u64;
             // SAFETY: `arg` is the structure that the call takes, and names a buffer with room for
             // `vec_len` regions that lives longer than the call.
             let filled = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut *arg) };

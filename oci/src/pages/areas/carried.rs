@@ -71,7 +71,7 @@ fn of_area(area: &Area) -> Carried {
 }
 
 /// Whether the file of a shared mapping is one that only processes hold.
-fn in_memory(name: &[u8]) -> bool {
+pub(super) fn in_memory(name: &[u8]) -> bool {
     [b"/dev/zero (deleted)".as_slice(), b"/memfd:", b"/SYSV"].iter().any(|p| name.starts_with(p))
 }
 

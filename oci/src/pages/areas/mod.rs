@@ -4,12 +4,13 @@
 //! area by userfaultfd when the area is private, anonymous, neither locked nor of huge pages, and
 //! none that the kernel provides. [`Area::hideable`] is that rule, said in terms of
 //! `/proc/PID/smaps`, from which CRIU reads it as well. Everything else stays in CRIU's images and
-//! costs pause by its size: [`Carried`] says how much that is.
+//! costs pause by its size: [`Carried`] says how much that is, and [`Usage`] how much there is at all.
 
 mod carried;
 mod parse;
 #[cfg(test)]
 mod tests;
+mod usage;
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -17,6 +18,7 @@ use std::ops::Range;
 
 pub use carried::Carried;
 pub use parse::ParseError;
+pub use usage::Usage;
 
 /// Flags of an area: those of the `VmFlags` line that decide something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -94,8 +96,12 @@ pub struct Area {
     pub flags: VmFlags,
     /// Resident bytes, from `smaps`.
     pub rss: u64,
+    /// Resident bytes, those of a page divided by how many have it, from `smaps`.
+    pub pss: u64,
     /// Swapped bytes, from `smaps`.
     pub swap: u64,
+    /// Swapped bytes, divided as in `pss`, from `smaps`.
+    pub swap_pss: u64,
     /// Resident bytes that belong to no file, from `smaps`.
     pub anonymous: u64,
     /// Resident bytes of huge pages (hugetlbfs), which `rss` does not count, from `smaps`.

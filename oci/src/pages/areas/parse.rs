@@ -27,6 +27,8 @@ pub(super) fn smaps(text: &[u8]) -> Result<Vec<Area>, ParseError> {
         let (key, value) = (&line[..colon], &line[colon + 1..]);
         match key {
             b"Rss" => area.rss = kilobytes(value).ok_or_else(|| error(line))?,
+            b"Pss" => area.pss = kilobytes(value).ok_or_else(|| error(line))?,
+            b"SwapPss" => area.swap_pss = kilobytes(value).ok_or_else(|| error(line))?,
             b"Swap" => area.swap = kilobytes(value).ok_or_else(|| error(line))?,
             b"Anonymous" => area.anonymous = kilobytes(value).ok_or_else(|| error(line))?,
             b"Shared_Hugetlb" | b"Private_Hugetlb" => {
@@ -80,7 +82,9 @@ fn parse_entry(line: &[u8]) -> Option<Area> {
         name: rest.trim_ascii_start().to_vec(),
         flags: VmFlags::default(),
         rss: 0,
+        pss: 0,
         swap: 0,
+        swap_pss: 0,
         anonymous: 0,
         hugetlb: 0,
     };

@@ -54,6 +54,7 @@ fn maps_are_the_first_lines_of_smaps() {
     for (mut with_flags, without) in smaps.areas.drain(..).zip(areas) {
         with_flags.flags = VmFlags::default();
         (with_flags.rss, with_flags.swap) = (0, 0);
+        (with_flags.pss, with_flags.swap_pss) = (0, 0);
         (with_flags.anonymous, with_flags.hugetlb) = (0, 0);
         assert_eq!(with_flags, without);
     }
@@ -169,6 +170,52 @@ fn areas_of_a_real_process_are_told_apart() {
         let area = layout.areas.iter().find(|a| a.name == known.as_bytes());
         assert_eq!(area.is_some_and(Area::hideable), known == "[stack]", "{known}");
     }
+}
+
+#[test]
+fn shared_pages_count_once_and_those_that_a_restore_doubles_for_each() {
+    let text = "\
+7f00-8f00 rw-p 00000000 00:00 0 
+Rss:                 400 kB
+Pss:                 200 kB
+Swap:                 40 kB
+SwapPss:              20 kB
+VmFlags: rd wr mr mw me ac 
+9000-a000 rw-s 00000000 00:01 5                          /memfd:x (deleted)
+Rss:                  80 kB
+Pss:                  40 kB
+VmFlags: rd wr sh mr mw me ms 
+b000-c000 rw-p 00000000 fe:00 7                          /lib/libc.so
+Rss:                 100 kB
+Pss:                  30 kB
+Anonymous:             8 kB
+VmFlags: rd wr mr mw me ac 
+d000-e000 r--s 00000000 fe:00 8                          /a/file
+Rss:                1000 kB
+Pss:                1000 kB
+VmFlags: rd mr me ms 
+";
+    let areas = parse_smaps(text.as_bytes()).unwrap();
+    let usage = Usage::of([areas.as_slice(), areas.as_slice()]);
+    let kb = |bytes: u64| bytes / 1024;
+    assert_eq!(kb(usage.once), 2 * (200 + 20 + 40 + 8));
+    assert_eq!(kb(usage.each), 2 * (400 + 40 + 40 + 8));
+    assert_eq!(kb(usage.carried.total()), 80 + 2 * 8);
+}
+
+#[test]
+fn what_a_fork_shares_is_counted_once_and_for_each() {
+    let mut workload = Workload::start();
+    workload.tell("map a 5000 rw");
+    workload.tell("fill a 0 5000 1");
+    workload.tell("fork a 0 1000 2");
+    workload.answer();
+    let usage = Usage::read(workload.pids()).unwrap();
+    let pages = |bytes: u64| bytes / 4096;
+    assert!((6000..6500).contains(&pages(usage.once)), "{usage:?}");
+    assert!((10_000..11_000).contains(&pages(usage.each)), "{usage:?}");
+    let gone = Usage::read([i32::MAX]).unwrap();
+    assert_eq!(gone, Usage::default());
 }
 
 #[test]

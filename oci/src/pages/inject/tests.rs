@@ -1,6 +1,8 @@
 //! Processes in every state in which one may be met.
 #![allow(unsafe_code)] // The system calls that are to be interrupted, called as they are.
 
+mod standing;
+
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
@@ -150,7 +152,7 @@ fn interrupted(what: &str, times: u32, pause: Duration, end: &str) -> (i64, i64,
     wait_asleep(pid);
     let before = traces(pid);
     for _ in 0..times {
-        assert_userfaultfd(&take_userfaultfd(pid, &[]).unwrap());
+        assert_userfaultfd(&take_userfaultfd(pid, &[]).unwrap().fd);
         assert_eq!(traces(pid), before);
         thread::sleep(pause);
     }
@@ -199,7 +201,7 @@ fn a_process_that_computes_keeps_its_registers() {
     let begin = Instant::now();
     let mut stops = 0;
     while begin.elapsed() < Duration::from_millis(300) || stops < 20 {
-        assert_userfaultfd(&take_userfaultfd(pid, &[]).unwrap());
+        assert_userfaultfd(&take_userfaultfd(pid, &[]).unwrap().fd);
         stops += 1;
     }
     assert_eq!(workload.answer().split(' ').next(), Some(expected.as_str()));
@@ -237,7 +239,7 @@ fn a_process_whose_filter_forbids_it_lives() {
     need_userfaultfd!("a_process_whose_filter_forbids_it_lives");
     let mut workload = Workload::start();
     assert!(workload.tell("block seccomp").starts_with("0 "));
-    assert_userfaultfd(&take_userfaultfd(workload.pid(), &[]).unwrap());
+    assert_userfaultfd(&take_userfaultfd(workload.pid(), &[]).unwrap().fd);
     assert_eq!(workload.tell("map a 1 rw").len(), 12);
     // The filter is in force again.
     workload.send("block userfaultfd");
@@ -354,7 +356,7 @@ fn a_process_may_end_at_any_moment() {
             kill(pid, libc::SIGKILL);
         });
         match take_userfaultfd(pid, &[]) {
-            Ok(fd) => assert_userfaultfd(&fd),
+            Ok(taken) => assert_userfaultfd(&taken.fd),
             Err(InjectError::Gone(_)) => {}
             Err(error) => panic!("{error:?}"),
         }
@@ -382,7 +384,7 @@ fn stops_that_somebody_else_waits_for_are_seen() {
             stolen
         });
         for _ in 0..50 {
-            assert_userfaultfd(&take_userfaultfd(pid, &[]).unwrap());
+            assert_userfaultfd(&take_userfaultfd(pid, &[]).unwrap().fd);
         }
         done.store(true, Ordering::SeqCst);
         assert!(waiter.join().unwrap() > 0, "nothing was stolen, so nothing was tested");

@@ -73,6 +73,35 @@ impl Tracee {
         Ok(Seized { tracee, suspended: false })
     }
 
+    /// Attaches to one thread and has it stop, wherever that is. It is let go when this thread ends, if
+    /// not before by [`let_go`](Self::let_go).
+    pub(super) fn hold(thread: i32) -> io::Result<Self> {
+        let tracee = Self { pid: thread, saved: RefCell::default() };
+        tracee.ptrace(libc::PTRACE_SEIZE, 0, 0)?;
+        match tracee.ptrace(libc::PTRACE_INTERRUPT, 0, 0) {
+            // It has ended just now.
+            Err(error) if error.raw_os_error() != Some(libc::ESRCH) => Err(error),
+            _ => Ok(tracee),
+        }
+    }
+
+    /// Whether it is stopped.
+    pub(super) fn stands(&self) -> bool {
+        self.look().is_some()
+    }
+
+    /// Detaches, where it is stopped, from one whose registers were not touched. A signal that has
+    /// stopped it is passed on.
+    pub(super) fn let_go(&self) {
+        let signal = match self.look() {
+            None => return,
+            Some(Stop::Signal(signal)) => signal.unsigned_abs() as usize,
+            Some(_) => 0,
+        };
+        // Failing, it has been killed, or is detached by the end of this thread.
+        let _ = self.ptrace(libc::PTRACE_DETACH, 0, signal);
+    }
+
     /// Stops the process where registers may be set.
     pub(super) fn stop(&self, limit: Duration) -> Result<(), InjectError> {
         self.interrupt()?;

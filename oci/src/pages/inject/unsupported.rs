@@ -7,6 +7,8 @@ pub(super) type Request = libc::c_uint;
 pub(super) const GET_REGISTERS: Request = 0;
 pub(super) const SET_REGISTERS: Request = 0;
 
+pub(super) const FILE_CALLS: &[libc::c_long] = &[];
+
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Registers;
 

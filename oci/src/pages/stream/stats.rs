@@ -37,6 +37,10 @@ pub struct RoundStats {
     pub limited: Duration,
     /// Rate of the link in bytes per second, as far as it was ever the bottleneck.
     pub link: Option<f64>,
+    /// Stops of processes to track what is new in them; the tracker's, and 0 for the sender alone.
+    pub stops: u32,
+    /// Time that they took, summed over the processes.
+    pub stopped: Duration,
 }
 
 impl RoundStats {

@@ -17,7 +17,6 @@
 //!   unchanged          ██  ███ ████        ██████████
 //! ```
 
-use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -27,13 +26,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::probe::lists_missing_tables;
-use super::process::{Facts, Image, reads_directly};
+use super::process::{Facts, reads_directly};
 use super::ranges::Ranges;
-use super::uffd::{Uffd, is_mapping};
+use super::registration::Registration;
 use super::{Changes, Kind};
 use crate::pages::PAGE;
-use crate::pages::areas::{Area, Layout, parse_maps, read_maps};
-use crate::pages::inject::take_userfaultfd;
+use crate::pages::areas::{Area, Layout, read_maps};
 use crate::pages::scan::{self, Mode, Pagemap, Region};
 
 /// What one page table covers, bytes.
@@ -43,12 +41,6 @@ const TABLE: u64 = 512 * PAGE;
 /// what a call costs.
 const GAP: u64 = 128 * PAGE;
 
-/// How often registering is begun anew because the areas change meanwhile.
-const SETTLE: u32 = 4;
-
-/// How often a process that cannot be attached to is tried.
-const ATTEMPTS: u32 = 5;
-
 /// One tracked process.
 #[derive(Debug)]
 pub(super) struct Space {
@@ -57,19 +49,14 @@ pub(super) struct Space {
     /// The process with which this one shares its memory.
     pub(super) shares: Option<i32>,
     pub(super) layout: Arc<Layout>,
-    pub(super) uffd: Option<Arc<Uffd>>,
+    pub(super) registration: Registration,
     pidfd: OwnedFd,
-    image: Option<Image>,
-    /// Where writes are noted, as far as is known: the process may have mapped anew since.
-    covered: Ranges,
     /// Pages that were listed and not taken back.
     present: Ranges,
     /// To be listed once more: what could not be read, and, where devices write to memory, what the
     /// last round found written.
     owed: Ranges,
     locked: u64,
-    attempts: u32,
-    untracked: Option<String>,
 }
 
 /// What a round found, before it is compared with what was known.
@@ -103,15 +90,11 @@ impl Space {
             space: Facts::read(pid)?.space,
             shares: None,
             layout: Arc::default(),
-            uffd: None,
+            registration: Registration::new(pid),
             pidfd,
-            image: None,
-            covered: Ranges::default(),
             present: Ranges::default(),
             owed: Ranges::default(),
             locked: 0,
-            attempts: 0,
-            untracked: None,
         })
     }
 
@@ -147,20 +130,25 @@ impl Space {
         Ok(*text == self.layout.maps && Facts::read(self.pid)?.locked == self.locked)
     }
 
-    /// A round beside the running process. `known` are the userfaultfds of all processes.
-    pub(super) fn live(&mut self, kind: Kind, known: &[BorrowedFd<'_>]) -> io::Result<Changes> {
+    /// A round beside the running process. `known` are the userfaultfds of all processes, `relatives`
+    /// the processes that share the memory of this one.
+    pub(super) fn live(
+        &mut self,
+        kind: Kind,
+        known: &[BorrowedFd<'_>],
+        relatives: &[i32],
+    ) -> io::Result<Changes> {
         let facts = Facts::read(self.pid)?;
         if kind == Kind::WriteProtect {
-            self.attach(facts.image, known);
-            self.register()?;
+            self.registration.update(facts.image, known, relatives)?;
         }
         let changed = self.refresh(&facts, kind)?;
         let pagemap = Pagemap::open(self.pid)?;
         let mut found = Found::default();
         let layout = self.layout.clone();
         for area in layout.areas.iter().filter(|a| a.hideable()) {
-            if self.tracks(&area.range()) {
-                self.protect(&pagemap, area, &mut found)?;
+            if self.registration.tracks(&area.range()) {
+                found.add(self.registration.protect(&pagemap, area)?);
             } else {
                 look(kind, &pagemap, area, &mut found)?;
             }
@@ -180,8 +168,11 @@ impl Space {
         let mut found = Found::default();
         let layout = self.layout.clone();
         let (mut runs, mut doubt) = (Ranges::default(), Ranges::default());
-        let (tracked, others): (Vec<_>, Vec<_>) =
-            layout.areas.iter().filter(|a| a.hideable()).partition(|a| self.tracks(&a.range()));
+        let (tracked, others): (Vec<_>, Vec<_>) = layout
+            .areas
+            .iter()
+            .filter(|a| a.hideable())
+            .partition(|a| self.registration.tracks(&a.range()));
         for run in crate::pages::areas::join(tracked.into_iter()) {
             let mut ranges = Vec::new();
             match pagemap.unprotected(run.clone(), &mut ranges) {
@@ -249,86 +240,9 @@ impl Space {
             written: written.into_vec(),
             absent: absent.into_vec(),
             areas_changed,
-            untracked: self.untracked.clone(),
+            untracked: self.registration.untracked.clone(),
             ..Changes::none(self.pid, self.space)
         }
-    }
-
-    /// Whether writes to all of `range` are noted, as far as is known.
-    fn tracks(&self, range: &Range<u64>) -> bool {
-        self.uffd.is_some() && self.covered.covers(range)
-    }
-
-    /// Takes a userfaultfd of the process if there is none, or if the memory is a new one.
-    fn attach(&mut self, image: Image, known: &[BorrowedFd<'_>]) {
-        if self.image != Some(image) {
-            self.detach();
-            self.image = Some(image);
-            self.attempts = 0;
-        }
-        if self.uffd.is_some() || self.attempts == ATTEMPTS {
-            return;
-        }
-        self.attempts += 1;
-        let taken = take_userfaultfd(self.pid, known)
-            .map_err(|e| e.to_string())
-            .and_then(|fd| Uffd::new(fd).map_err(|e| format!("userfaultfd: {e}")));
-        match taken {
-            Ok(uffd) => {
-                self.uffd = Some(Arc::new(uffd));
-                self.untracked = None;
-            }
-            Err(why) => self.untracked = Some(why),
-        }
-    }
-
-    fn detach(&mut self) {
-        self.uffd = None;
-        self.covered = Ranges::default();
-    }
-
-    /// Registers the areas that are not registered yet. Neighbours that have become equal by it are
-    /// joined by the kernel, so this comes before the areas are read.
-    fn register(&mut self) -> io::Result<()> {
-        let mut text = Vec::new();
-        let mut refused: Vec<Range<u64>> = Vec::new();
-        let maps = File::open(format!("/proc/{}/maps", self.pid))?;
-        for _ in 0..SETTLE {
-            read_maps(self.pid, &mut text)?;
-            let areas = parse_maps(&text).map_err(io::Error::other)?;
-            let candidates: Vec<_> =
-                areas.iter().filter(|a| a.candidate()).map(Area::range).collect();
-            self.covered = self.covered.intersection(&Ranges::of(candidates.clone()));
-            let mut added = Vec::new();
-            for area in candidates {
-                let Some(uffd) = &self.uffd else {
-                    return Ok(());
-                };
-                if self.covered.covers(&area) || refused.contains(&area) {
-                    continue;
-                }
-                // Changed since it was read: the next look sees it as it is.
-                if !is_mapping(&maps, &area) {
-                    added.push(area.start..area.start);
-                    continue;
-                }
-                match uffd.register(&area) {
-                    Ok(()) => added.push(area),
-                    // The memory is gone: of an exec the next round will know.
-                    Err(e) if matches!(e.raw_os_error(), Some(libc::ENOMEM | libc::ESRCH)) => {
-                        self.detach();
-                        self.image = None;
-                    }
-                    // Not of a kind that can be, or changed meanwhile.
-                    Err(_) => refused.push(area),
-                }
-            }
-            if added.is_empty() {
-                break;
-            }
-            self.covered = self.covered.union(&Ranges::of(added));
-        }
-        Ok(())
     }
 
     /// Reads the areas if they may differ from those of the last round.
@@ -341,31 +255,6 @@ impl Space {
             self.locked = facts.locked;
         }
         Ok(changed)
-    }
-
-    /// Lists the pages of an area in which writes are noted, and protects those that were written.
-    fn protect(&mut self, pagemap: &Pagemap, area: &Area, found: &mut Found) -> io::Result<()> {
-        let mut regions = Vec::new();
-        match pagemap.present(area.range(), Mode::Protect, &mut regions) {
-            Ok(()) => {
-                found.add(regions);
-                return Ok(());
-            }
-            Err(error) if !is_eperm(&error) => return Err(error),
-            Err(_) => {}
-        }
-        // The process has mapped it anew. What was protected before the error is not told, so
-        // everything counts as written.
-        regions.clear();
-        let again = self.uffd.as_ref().is_some_and(|u| u.register(&area.range()).is_ok())
-            && pagemap.present(area.range(), Mode::Protect, &mut regions).is_ok();
-        if !again {
-            self.covered = self.covered.difference(&Ranges::of(vec![area.range()]));
-            regions.clear();
-            pagemap.present(area.range(), Mode::Look, &mut regions)?;
-        }
-        found.add_all_as_written(regions);
-        Ok(())
     }
 }
 

@@ -1,6 +1,7 @@
 //! What a store built from the rounds holds, against the memory itself when the processes stand still.
 
 mod measure;
+mod registration;
 mod store;
 
 use std::time::{Duration, Instant};
@@ -19,6 +20,7 @@ macro_rules! need_write_protect {
         }
     };
 }
+use need_write_protect;
 
 struct Tracked {
     workload: Workload,

@@ -5,6 +5,9 @@
 //! Commands come as lines on its standard input; each is answered by a line that begins with `@`.
 #![allow(unsafe_code)] // The memory is mapped, moved and written by system calls and addresses.
 
+mod crowd;
+mod remaps;
+
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::fs;
@@ -305,6 +308,22 @@ impl Areas {
                 self.0.insert(words[1].into(), (at, number(2)));
                 format!("{at:x}")
             }
+            // place NAME OTHER PAGE PAGES: at that page of the other
+            "place" => {
+                let at = self.0[words[2]].0 + number(3) * PAGE;
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+                let Some(at) = map(at, number(4), prot("rw"), flags) else {
+                    return fail();
+                };
+                self.0.insert(words[1].into(), (at, number(4)));
+                format!("{at:x}")
+            }
+            // put NAME OTHER PAGE: moves it to that page of the other
+            "put" => {
+                let (at, pages) = self.0[words[1]];
+                let to = self.0[words[2]].0 + number(3) * PAGE;
+                remap(at, pages, pages, Some(to)).map_or_else(fail, |at| format!("{at:x}"))
+            }
             "lock" | "unlock" => {
                 let (at, pages) = self.0[words[1]];
                 let lock = if words[0] == "lock" { libc::mlock } else { libc::munlock };
@@ -368,6 +387,25 @@ impl Areas {
                     },
                 )
             }
+            // counters NAME THREADS, relays NAME THREADS, vforker NAME: they count in its first word
+            "counters" | "relays" | "vforker" => {
+                let (at, _) = self.0[words[1]];
+                match words[0] {
+                    "counters" => crowd::counters(at, number(2)),
+                    "relays" => crowd::relays(at, number(2)),
+                    _ => crowd::vfork(at),
+                }
+                "ok".into()
+            }
+            "sleepers" => {
+                crowd::sleepers(number(1));
+                "ok".into()
+            }
+            "remap" => {
+                remaps::start(number(1));
+                "ok".into()
+            }
+            "remapped" => remaps::told(),
             "block" => super::super::inject::tests::block(words[1]),
             "stress" => {
                 for thread in 0..number(1) {

@@ -3,14 +3,15 @@
 //! ```text
 //! ferry-memory check  [--port N] [--processes N] [--threads N] [--megabytes N] [--rate N] [--events N]
 //! ferry-memory writer [--port N] [--megabytes N] [--rate N] [--content random|repetitive]
+//! ferry-memory hold   [--port N] [--megabytes N] [--kind dense|locked|shared|memoryfile|file|...]
 //! ```
 //!
 //! `check` has memory of every kind, in processes that share it copy-on-write and in threads, and
 //! never leaves it alone: it writes `--rate` pages and maps, moves, frees and forks `--events` times
 //! a second. `writer` writes `--rate` MB/s, one page of 4 KB after the other, at random places of a
-//! working set of `--megabytes`.
+//! working set of `--megabytes`. `hold` has memory of one kind, written once.
 //!
-//! Both say `ready` when they are, and answer lines on a TCP port:
+//! All say `ready` when they are, and answer lines on a TCP port:
 //!
 //! ```text
 //! check    ok 51200 pages | wrong: ...     all stops until every byte was looked at
@@ -22,6 +23,7 @@
 
 mod area;
 mod control;
+mod hold;
 mod kinds;
 mod pattern;
 mod server;
@@ -39,7 +41,8 @@ fn main() -> ExitCode {
     let done = match words.split_first() {
         Some((&"check", rest)) => Options::parse(rest).and_then(|o| control::run(&o)),
         Some((&"writer", rest)) => Options::parse(rest).and_then(|o| writer::run(&o)),
-        _ => Err("say check or writer".into()),
+        Some((&"hold", rest)) => Options::parse(rest).and_then(|o| hold::run(&o)),
+        _ => Err("say check, writer or hold".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -60,6 +63,7 @@ struct Options {
     rate: u64,
     events: u64,
     repetitive: bool,
+    kind: kinds::Kind,
 }
 
 impl Options {
@@ -72,6 +76,7 @@ impl Options {
             rate: 1000,
             events: 50,
             repetitive: false,
+            kind: kinds::Kind::Dense,
         };
         for pair in words.chunks(2) {
             let [word, value] = pair else { return Err(format!("{} needs a value", pair[0])) };
@@ -82,6 +87,11 @@ impl Options {
                 "--megabytes" => options.megabytes = number::<usize>(word, value)?.max(1),
                 "--rate" => options.rate = number(word, value)?,
                 "--events" => options.events = number(word, value)?,
+                "--kind" => {
+                    let named = |kind: &kinds::Kind| format!("{kind:?}").to_lowercase() == *value;
+                    let found = kinds::Kind::ALL.into_iter().find(named);
+                    options.kind = found.ok_or_else(|| format!("there is no kind {value}"))?;
+                }
                 "--content" => {
                     options.repetitive = match *value {
                         "repetitive" => true,
@@ -108,7 +118,15 @@ mod tests {
     fn options_are_read_and_unknown_ones_refused() {
         let options = Options::parse(&["--rate", "50", "--content", "repetitive"]).unwrap();
         assert_eq!((options.rate, options.repetitive, options.processes), (50, true, 3));
-        for bad in [&["--port"][..], &["--port", "x"], &["--pages", "1"], &["--content", "zero"]] {
+        let options = Options::parse(&["--kind", "memoryfile"]).unwrap();
+        assert_eq!(options.kind, super::kinds::Kind::MemoryFile);
+        for bad in [
+            &["--port"][..],
+            &["--port", "x"],
+            &["--pages", "1"],
+            &["--content", "zero"],
+            &["--kind", "x"],
+        ] {
             assert!(Options::parse(bad).is_err(), "{bad:?}");
         }
     }

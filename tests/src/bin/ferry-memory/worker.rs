@@ -200,7 +200,7 @@ impl Worker {
     }
 
     /// Moves an area. Memory of which the kernel notes the writes in one part and not in another
-    /// cannot be moved, and a tracker that comes to the process makes that so for a moment.
+    /// cannot be moved; a tracker must not make it so. It is counted, and tried again.
     fn relocate(&mut self, n: usize) -> io::Result<()> {
         let pages = 1 + self.random.below(MOST_CHANGING);
         for _ in 0..REFUSALS {

@@ -99,3 +99,34 @@ fn measure_the_writer() {
         "every page of 400 MB once: alone {alone:?}, after a round {tracked:?}, later {again:?}"
     );
 }
+
+/// What threads lose that map and move memory all the time, with a round every 100 ms that stops them.
+#[test]
+#[ignore = "a measurement"]
+fn measure_those_who_move_memory() {
+    let mut workload = Workload::start();
+    workload.tell("remap 2");
+    let moved = |workload: &mut Workload| -> u64 {
+        let told = workload.tell("remapped");
+        told.split(' ').next().unwrap().parse().unwrap()
+    };
+    let (mut alone, mut tracked, mut stops) = (0, 0, Stops::default());
+    for _ in 0..4 {
+        let before = moved(&mut workload);
+        std::thread::sleep(Duration::from_secs(2));
+        alone += moved(&mut workload) - before;
+
+        let group = workload.pid();
+        let mut tracker = Tracker::attach(Kind::WriteProtect, move || Ok(members(group))).unwrap();
+        let (before, begin) = (moved(&mut workload), Instant::now());
+        while begin.elapsed() < Duration::from_secs(2) {
+            let round = tracker.round(false).unwrap();
+            stops.count += round.stops.count;
+            stops.time += round.stops.time;
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        tracked += moved(&mut workload) - before;
+    }
+    let each = stops.time / stops.count;
+    println!("calls in 8 s: alone {alone}, tracked {tracked}; {} stops of {each:?}", stops.count);
+}
