@@ -7,12 +7,13 @@
 //! any stream.
 
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use ferry_oci::cgroups;
 use ferry_oci::cpu_quota::CpuQuota;
-use ferry_oci::criu::{HiddenRange, HiddenTask, Hiding, Orders, StoredSmaps};
+use ferry_oci::criu::{HiddenRange, HiddenTask, HideError, Hiding, Orders, StoredSmaps};
 use ferry_oci::pages::areas::VmFlags;
 use ferry_oci::pages::rounds::{Diverging, OnDiverge, Policy, Round, Rounds, Verdict};
 use ferry_oci::pages::stream::{
@@ -20,6 +21,7 @@ use ferry_oci::pages::stream::{
 };
 use ferry_oci::pages::tracker::{Kind, ProcessLayout, Tracker, probe};
 
+use super::guard::Guard;
 use super::report::Happened;
 use crate::transport::link::Link;
 use crate::wire::messages::Request;
@@ -52,9 +54,12 @@ pub(super) struct Memory {
     wishes: Wishes,
     hiding: Option<Hiding>,
     orders: Orders,
-    quota: Option<CpuQuota>,
+    /// Less CPU time, and who gives it back if this process cannot.
+    quota: Option<(CpuQuota, Guard)>,
     /// Every round so far.
     pub(super) made: Vec<RoundStats>,
+    /// Taken while a round is made.
+    at_work: Arc<Mutex<()>>,
 }
 
 /// What a round needs; moves to a blocking thread for it.
@@ -93,6 +98,7 @@ impl Memory {
             orders: Orders::default(),
             quota: None,
             made: Vec::new(),
+            at_work: Arc::default(),
         })
     }
 
@@ -179,7 +185,9 @@ impl Memory {
         let mut engine = self.engine.take().context("the tracker is gone")?;
         link.send(&Request::Pages).await?;
         let (mut writer, chunks) = stream::writer();
+        let at_work = self.at_work.clone();
         let work = tokio::task::spawn_blocking(move || {
+            let _at_work = at_work.lock();
             let stats = engine.round(frozen, &mut writer);
             (engine, stats)
         });
@@ -193,12 +201,13 @@ impl Memory {
     }
 
     async fn throttle(&mut self, init: u32, folder: &Path, part: f64) -> Result<()> {
-        let quota = match &mut self.quota {
+        let (quota, _) = match &mut self.quota {
             Some(quota) => quota,
             none => {
                 std::fs::create_dir_all(folder)
                     .with_context(|| format!("create {}", folder.display()))?;
-                none.insert(CpuQuota::of(init, folder).context("throttle the container")?)
+                let quota = CpuQuota::of(init, folder).context("throttle the container")?;
+                none.insert((quota, Guard::start(folder, init).await?))
             }
         };
         let (start, before) = (Instant::now(), quota.used()?);
@@ -214,7 +223,9 @@ impl Memory {
     /// When its cgroup refuses.
     pub(super) fn unthrottle(&mut self) -> Result<()> {
         match self.quota.take() {
-            Some(mut quota) => quota.restore().context("give the container its CPU time back"),
+            Some((mut quota, _guard)) => {
+                quota.restore().context("give the container its CPU time back")
+            }
             None => Ok(()),
         }
     }
@@ -253,7 +264,11 @@ impl Memory {
             tasks.push(task(&process, smaps));
         }
         self.orders = Orders { tasks };
-        Ok(hiding.write(&self.orders)?)
+        match hiding.write(&self.orders) {
+            // Areas that changed while they were read: in the freeze they are found to be others.
+            Err(HideError::Range(..)) if with_smaps => Ok(()),
+            written => Ok(written?),
+        }
     }
 
     /// Adds what really happened to `happened`.
@@ -293,6 +308,14 @@ impl Memory {
             }
         }
         Ok(None)
+    }
+}
+
+impl Drop for Memory {
+    /// A round that was left in the middle ends first: it may be at work in a process of the
+    /// container, and this one may be about to end.
+    fn drop(&mut self) {
+        drop(self.at_work.lock());
     }
 }
 

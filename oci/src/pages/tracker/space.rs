@@ -357,7 +357,11 @@ impl Space {
         // The process has mapped it anew. What was protected before the error is not told, so
         // everything counts as written.
         regions.clear();
-        let again = self.uffd.as_ref().is_some_and(|u| u.register(&area.range()).is_ok())
+        // Only as a whole: of two parts, of which one is registered, the process can move neither, and
+        // a restore would leave them two for good.
+        let maps = File::open(format!("/proc/{}/maps", self.pid))?;
+        let whole = is_mapping(&maps, &area.range());
+        let again = self.uffd.as_ref().is_some_and(|u| whole && u.register(&area.range()).is_ok())
             && pagemap.present(area.range(), Mode::Protect, &mut regions).is_ok();
         if !again {
             self.covered = self.covered.difference(&Ranges::of(vec![area.range()]));
