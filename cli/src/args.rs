@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use ferry_oci::fast::Fast;
 use ferry_oci::pages::daemon;
@@ -12,7 +12,7 @@ use ferry_oci::pages::store::Limits;
 use ferry_oci::pages::tracker::Kind;
 
 use crate::migrate::memory::Wishes;
-use crate::migrate::{self, Options};
+use crate::migrate::{self, Options, guard};
 use crate::network::address::Cidr;
 use crate::transport::{Destination, unix};
 use crate::wire::messages::ContainerdAddress;
@@ -118,6 +118,17 @@ enum Command {
         #[arg(long)]
         dir: PathBuf,
     },
+    /// Give a throttled container its CPU time back once the standard input ends (started by
+    /// `ferry migrate`)
+    #[command(hide = true)]
+    QuotaGuard {
+        /// Where the quota is written down
+        #[arg(long)]
+        folder: PathBuf,
+        /// Pid of the container's init
+        #[arg(long)]
+        init: u32,
+    },
     /// Serve migrations that come to this host. Over ssh `ferry migrate` starts it by itself
     #[command(group(clap::ArgGroup::new("stream").required(true).args(["stdio", "listen"])))]
     Agent {
@@ -147,10 +158,14 @@ enum Mode {
 }
 
 impl Args {
-    /// Keeps a page store until it is of no more use, if that was asked for.
-    pub(crate) fn keep_pages(&self) -> Option<std::io::Result<()>> {
+    /// Does the work of a helper that has one thread only, if that was asked for.
+    pub(crate) fn help(&self) -> Option<Result<()>> {
         match &self.command {
-            Command::Pages { dir } => Some(daemon::keeper_main(dir, Limits::default())),
+            Command::Pages { dir } => {
+                let kept = daemon::keeper_main(dir, Limits::default());
+                Some(kept.context("page store"))
+            }
+            Command::QuotaGuard { folder, init } => Some(guard::guard_main(folder, *init)),
             _ => None,
         }
     }
@@ -176,7 +191,7 @@ impl Args {
             Command::Recover { container, thaw, end: _ } => {
                 migrate::settle::recover(&containerd, &container, thaw).await
             }
-            Command::Pages { .. } => Ok(()),
+            Command::Pages { .. } | Command::QuotaGuard { .. } => Ok(()),
             Command::Migrate {
                 container,
                 to,

@@ -21,12 +21,12 @@ fn main() -> ExitCode {
     let args = args::Args::parse();
     let level = if args.verbose { log::LevelFilter::Debug } else { log::LevelFilter::Warn };
     env_logger::Builder::new().filter_level(level).parse_default_env().init();
-    // Single-threaded: it forks.
-    if let Some(kept) = args.keep_pages() {
-        return match kept {
+    // Single-threaded: one of them forks.
+    if let Some(helped) = args.help() {
+        return match helped {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                log::error!("page store: {error}");
+                log::error!("{error:#}");
                 ExitCode::FAILURE
             }
         };

@@ -58,6 +58,31 @@ pub fn folders_of(pid: u32) -> Vec<PathBuf> {
     folders(Path::new(ROOT), &text)
 }
 
+/// Whether process `pid` has ended, whoever may still have to hear of it.
+pub fn has_ended(pid: u32) -> bool {
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return true };
+    // The name may hold anything, also parentheses.
+    let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().next());
+    state.is_none_or(|state| matches!(state, "Z" | "X"))
+}
+
+/// Moves process `pid` into the cgroups of process `beside`, in every hierarchy in which that is not
+/// in the root.
+///
+/// # Errors
+/// The first hierarchy that refuses; the others have been tried.
+pub fn join(pid: u32, beside: u32) -> io::Result<()> {
+    let enter = |folder: PathBuf| fs::write(folder.join("cgroup.procs"), pid.to_string());
+    let entered: Vec<_> = folders_of(beside).into_iter().map(enter).collect();
+    entered.into_iter().collect()
+}
+
+/// The parent of process `pid`; `None` when it is gone. That of a container's init is its shim.
+pub fn parent(pid: u32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok())
+}
+
 /// The folders that `/proc/PID/cgroup` speaks of. Of a process in the root of a hierarchy, none: its
 /// children there are not the container's.
 fn folders(root: &Path, text: &str) -> Vec<PathBuf> {
@@ -97,6 +122,24 @@ mod tests {
     #[test]
     fn a_process_in_the_root_has_no_cgroups_of_its_own() {
         assert!(folders(Path::new("/nowhere"), "4:memory:/\n0::/\n3:cpu:/../x\n").is_empty());
+    }
+
+    #[test]
+    fn the_parent_of_a_process_is_known() {
+        assert_eq!(parent(std::process::id()), Some(std::os::unix::process::parent_id()));
+        assert_eq!(parent(u32::MAX), None);
+    }
+
+    #[test]
+    fn a_process_nobody_has_waited_for_has_ended() {
+        let mut child = std::process::Command::new("sleep").arg("100").spawn().unwrap();
+        assert!(!has_ended(child.id()) && has_ended(u32::MAX));
+        child.kill().unwrap();
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while !has_ended(child.id()) {
+            assert!(std::time::Instant::now() < end);
+        }
+        child.wait().unwrap();
     }
 
     #[test]

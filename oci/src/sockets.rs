@@ -6,6 +6,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
@@ -136,8 +137,37 @@ impl Silenced {
 /// # Errors
 /// When a process or a socket cannot be reached; nothing is known of the rest then.
 pub fn silence(pids: &[u32]) -> io::Result<Silenced> {
+    let held = connections(pids)?;
+    for connection in &held {
+        setsockopt(connection, sockopt::TcpRepair, &1)?;
+    }
+    Ok(Silenced { held })
+}
+
+/// Has the kernel end the TCP connections of process `pid` whose peer has been silent for about
+/// `limit`, at least 4 s, also while nothing is sent on them. How many there are.
+///
+/// # Errors
+/// When the process or one of its sockets cannot be reached.
+pub fn end_when_silent(pid: u32, limit: Duration) -> io::Result<usize> {
+    let connections = connections(&[pid])?;
+    let seconds = u32::try_from(limit.as_secs() / 4).unwrap_or(u32::MAX).max(1);
+    let millis = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
+    for connection in &connections {
+        setsockopt(connection, sockopt::TcpKeepIdle, &seconds)?;
+        setsockopt(connection, sockopt::TcpKeepInterval, &seconds)?;
+        setsockopt(connection, sockopt::TcpKeepCount, &3)?;
+        // Of what was sent and not acknowledged; its own limit is a quarter of an hour.
+        setsockopt(connection, sockopt::TcpUserTimeout, &millis)?;
+        setsockopt(connection, sockopt::KeepAlive, &true)?;
+    }
+    Ok(connections.len())
+}
+
+/// Copies of the TCP connections of `pids`, each once.
+fn connections(pids: &[u32]) -> io::Result<Vec<OwnedFd>> {
     let owners = inodes_of(pids);
-    let mut silenced = Silenced::default();
+    let mut copies = Vec::new();
     for socket in of_processes(pids)? {
         if socket.protocol != Protocol::Tcp || !socket.connected {
             continue;
@@ -148,11 +178,9 @@ pub fn silence(pids: &[u32]) -> io::Result<Silenced> {
         let process = Pid::from_raw(pid.cast_signed())
             .ok_or_else(|| io::Error::other("process id 0 has no sockets"))?;
         let pidfd = pidfd_open(process, PidfdFlags::empty())?;
-        let copy = pidfd_getfd(&pidfd, fd, PidfdGetfdFlags::empty())?;
-        setsockopt(&copy, sockopt::TcpRepair, &1)?;
-        silenced.held.push(copy);
+        copies.push(pidfd_getfd(&pidfd, fd, PidfdGetfdFlags::empty())?);
     }
-    Ok(silenced)
+    Ok(copies)
 }
 
 fn parse(protocol: Protocol, line: &str) -> Option<InetSocket> {
@@ -217,6 +245,18 @@ mod tests {
     fn short_or_foreign_lines_are_passed_over() {
         assert_eq!(parse(Protocol::Tcp, ""), None);
         assert_eq!(parse(Protocol::Tcp, "0: 0100:18EB 00000000:0000 0A 0 0 0 0 0 1"), None);
+    }
+
+    #[test]
+    fn the_kernel_looks_after_a_silent_peer() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let count = end_when_silent(std::process::id(), Duration::from_secs(20)).unwrap();
+        assert!(count >= 1, "{count}");
+        use nix::sys::socket::getsockopt;
+        assert!(getsockopt(&stream, sockopt::KeepAlive).unwrap());
+        assert_eq!(getsockopt(&stream, sockopt::TcpKeepIdle).unwrap(), 5);
+        assert_eq!(getsockopt(&stream, sockopt::TcpUserTimeout).unwrap(), 20_000);
     }
 
     #[test]

@@ -6,7 +6,8 @@ use crate::mounts;
 use crate::options::TaskOptions;
 use ferry_oci::netns::Netns;
 use ferry_oci::runc::Delete;
-use ferry_oci::{paths, quarantine};
+use ferry_oci::sockets::{self, Silenced};
+use ferry_oci::{cgroups, paths, quarantine};
 use log::warn;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -14,9 +15,13 @@ use std::process::{Command, Stdio};
 /// Exit code of a container that was killed with its shim.
 pub(crate) const KILLED: u32 = 128 + 9;
 
+/// An image that CRIU writes at the end of a dump.
+const LAST_IMAGE: &str = "inventory.img";
+
 /// Kills what is left of container `id` and removes all of it. Every step is tried; what fails is
 /// reported on stderr, which containerd logs. Returns the pid of init, 0 if unknown.
 pub(crate) fn cleanup(namespace: &str, id: &str, bundle: &Path) -> u32 {
+    let silenced = silence(bundle);
     let steps = [
         ("remove the container", delete(namespace, id, bundle)),
         ("unmount its root file system", mounts::umount(&bundle.join("rootfs"))),
@@ -30,6 +35,29 @@ pub(crate) fn cleanup(namespace: &str, id: &str, bundle: &Path) -> u32 {
             eprintln!("{what}: {err}");
         }
     }
+    drop(silenced);
+    init_pid(bundle)
+}
+
+/// A container that was dumped may live on elsewhere with its connections: their peers must not hear
+/// of its end here. To be held until it has ended.
+fn silence(bundle: &Path) -> Option<Silenced> {
+    let migration = migration(bundle)?;
+    if !paths::images(&migration).join(LAST_IMAGE).exists() {
+        return None;
+    }
+    let pids = cgroups::processes(init_pid(bundle)).ok()?;
+    let pids: Vec<u32> = pids.into_iter().filter_map(|pid| pid.try_into().ok()).collect();
+    sockets::silence(&pids).inspect_err(|err| warn!("silence the connections: {err}")).ok()
+}
+
+/// The migration that the container was leaving by.
+fn migration(bundle: &Path) -> Option<String> {
+    let migration = std::fs::read_to_string(bundle.join(paths::MIGRATION_FILE)).ok()?;
+    paths::is_migration_id(&migration).then_some(migration)
+}
+
+fn init_pid(bundle: &Path) -> u32 {
     let pid = std::fs::read_to_string(bundle.join("init.pid")).unwrap_or_default();
     pid.trim().parse().unwrap_or_default()
 }
@@ -57,12 +85,7 @@ fn delete(namespace: &str, id: &str, bundle: &Path) -> Result<()> {
 /// A shim that was killed in a migration leaves the connection lock and the images; the frozen
 /// tasks have ended with it. A record stays: its driver has to hear of it.
 fn remove_migration(bundle: &Path) -> Result<()> {
-    let Ok(migration) = std::fs::read_to_string(bundle.join(paths::MIGRATION_FILE)) else {
-        return Ok(());
-    };
-    if !paths::is_migration_id(&migration) {
-        return Ok(());
-    }
+    let Some(migration) = migration(bundle) else { return Ok(()) };
     let images = std::fs::remove_dir_all(paths::images(&migration));
     let unlocked = unlock_netns(bundle, &migration);
     let _ = std::fs::remove_dir_all(paths::hide(&migration));

@@ -33,6 +33,7 @@ pub mod base;
 pub mod cache;
 pub mod cgroup;
 pub mod exec;
+pub mod faults;
 pub mod host;
 pub mod images;
 pub mod lab;

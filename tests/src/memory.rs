@@ -141,6 +141,12 @@ pub fn stores(host: &Host) -> Result<Vec<Value>> {
     status["pages"].as_array().cloned().with_context(|| format!("no pages in {text}"))
 }
 
+/// Option of `ferry migrate` by which memory comes only when it is touched, until 2 s after the move.
+/// Needs ferry built with `fault-points`.
+pub const LATE_FILL: &str = "--remote-ferry 'FERRY_FILL=late ferry'";
+/// The same, until 30 s after the move or until somebody asks the page daemon for it.
+pub const HELD_FILL: &str = "--remote-ferry 'FERRY_FILL=held ferry'";
+
 /// Waits until `host` serves no memory any more: what came is all in its place.
 ///
 /// # Errors

@@ -4,11 +4,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use ferry_cli::phase::Phase;
-use ferry_tests::Host;
+use ferry_tests::faults::{Bed, is_served, kill_ferry};
 use ferry_tests::scene::{
     FLOATING, Scene, finish_client, go_on, stop_at, task_state, traces, wait_for_traces,
     wait_for_traces_but_pages,
 };
+
+/// How long clients may wait for a container that is brought back.
+const SOON: Duration = Duration::from_secs(10);
 
 /// Who is killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,68 +63,45 @@ fn expected(phase: Phase, victim: Victim) -> Option<Ends> {
     })
 }
 
-fn kill_ferry(host: &Host) -> Result<()> {
-    host.run("pkill -9 -f '^ferry (agent|migrate)'")?;
-    Ok(())
-}
-
-/// The client's connections are served on: a request of another connection is answered too.
-fn is_served(scene: &Scene) -> Result<()> {
-    let client = scene.lab.client();
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !client
-        .output(&format!("timeout 1 redis-cli -h {FLOATING} ping"))?
-        .stdout
-        .contains("PONG")
-    {
-        ensure!(Instant::now() < deadline, "redis does not answer");
-    }
-    Ok(())
-}
-
 fn kill_everywhere(victim: Victim) -> Result<()> {
-    let scene = Scene::start()?;
-    scene.start_redis("a", 1000)?;
-    // What a host looks like with the container, and without it.
-    let empty = traces(scene.host("b"))?;
-    scene.migrate("redis", "a", "b")?;
-    scene.migrate("redis", "b", "a")?;
-    let full = traces(scene.host("a"))?;
-    wait_for_traces(scene.host("b"), &empty, "before any fault")?;
-    let client = scene.start_client(5)?;
-    let (mut here, mut there) = ("a", "b");
-    for phase in Phase::ALL {
+    let mut bed = Bed::start()?;
+    let points = Phase::ALL.map(|phase| (phase, phase.name()));
+    // And between two phases: the clients have been led away, and it still runs.
+    for (phase, point) in points.into_iter().chain([(Phase::Freeze, "announced")]) {
         let Some(ends) = expected(phase, victim) else { continue };
-        let when = format!("{victim:?} killed at {}", phase.name());
-        let ip = format!("--ip {FLOATING}/24");
-        let job = stop_at(&scene, "redis", phase.name(), (here, there), &ip)
-            .with_context(|| when.clone())?;
-        match victim {
-            Victim::Driver => kill_ferry(scene.host(here))?,
-            Victim::Agent => {
-                kill_ferry(scene.host(there))?;
-                go_on(scene.host(here))?;
+        let when = format!("{victim:?} killed at {point}");
+        let job = bed.stop_at(point, "").with_context(|| when.clone())?;
+        let killed = Instant::now();
+        let output = match victim {
+            Victim::Driver => {
+                kill_ferry(bed.source())?;
+                job.wait(Duration::from_secs(60))
             }
+            Victim::Agent => {
+                kill_ferry(bed.destination())?;
+                bed.go_on(job)
+            }
+        };
+        let output = output.with_context(|| when.clone())?;
+        if matches!(ends, Ends::OnSource) {
+            // Whoever asks during it is answered: what waited was dropped, and comes again.
+            is_served(&bed.scene, SOON).with_context(|| when.clone())?;
+            ensure!(killed.elapsed() < SOON, "{when}: served after {:?}", killed.elapsed());
         }
-        let output = job.wait(Duration::from_secs(60)).with_context(|| when.clone())?;
         if victim == Victim::Agent {
             assert_eq!(output.status.success(), ends == Ends::OnDestination, "{when}: {output}");
         }
         if matches!(ends, Ends::SettledOnSource | Ends::SettledOnDestination) {
-            let again = scene.try_migrate("redis", here, there, &format!("--ip {FLOATING}/24"))?;
+            let again = bed.again()?;
             let moved = ends == Ends::SettledOnDestination;
             assert_eq!(again.status.success(), moved, "{when}: {again}");
         }
         if matches!(ends, Ends::OnDestination | Ends::SettledOnDestination) {
-            (here, there) = (there, here);
+            bed.has_moved();
         }
-        is_served(&scene).with_context(|| when.clone())?;
-        assert_eq!(task_state(scene.host(here), "redis")?.as_deref(), Some("RUNNING"), "{when}");
-        go_on(scene.host(here))?;
-        wait_for_traces_but_pages(scene.host(there), &empty, &when)?;
-        wait_for_traces(scene.host(here), &full, &when)?;
+        bed.is_whole(&when)?;
     }
-    finish_client(client)?;
+    bed.end_client()?;
     Ok(())
 }
 
@@ -151,13 +131,13 @@ fn a_driver_killed_again_while_it_settles_changes_nothing_of_the_decision() -> R
         kill_ferry(scene.host("a"))?;
         job.wait(Duration::from_secs(20))?;
         go_on(scene.host("a"))?;
-        is_served(&scene)?;
+        is_served(&scene, SOON)?;
         assert_eq!(task_state(scene.host("b"), "redis")?.as_deref(), Some("RUNNING"));
     }
     // It may go home before anybody has settled: what is left of the earlier move is none of it.
     scene.migrate("redis", "b", "a")?;
     scene.try_migrate("redis", "a", "b", &ip)?.checked("settle")?;
-    is_served(&scene)?;
+    is_served(&scene, SOON)?;
     assert_eq!(task_state(scene.host("a"), "redis")?.as_deref(), Some("RUNNING"));
     finish_client(client)?;
     wait_for_traces(scene.host("a"), &full, "settled late")?;
@@ -229,12 +209,12 @@ fn a_container_is_served_whose_agent_died_before_it_opened_the_address() -> Resu
     kill_ferry(b)?;
     b.run("pkill -CONT -x criu")?;
     job.wait(Duration::from_secs(20))?;
-    is_served(&scene)?;
+    is_served(&scene, SOON)?;
     assert_eq!(task_state(b, "redis")?.as_deref(), Some("RUNNING"));
     assert_eq!(b.run("nft list ruleset")?.stdout, "");
     finish_client(client)?;
     scene.try_migrate("redis", "a", "b", &ip)?.checked("settle")?;
-    is_served(&scene)
+    is_served(&scene, SOON).map(drop)
 }
 
 /// A migration that a broken destination makes fail; the container must not notice.

@@ -5,10 +5,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use ferry_cli::phase::Phase;
 use ferry_oci::fast::Fast;
-use ferry_tests::memory::{Asked, stores, wait_for_fill};
+use ferry_tests::memory::{Asked, LATE_FILL, stores, wait_for_fill};
 use ferry_tests::scene::{
     FLOATING, finish_client, go_on, stop_at, task_state, traces, wait_for_traces,
-    wait_for_traces_but_pages,
 };
 use ferry_tests::{Host, Scene};
 use serde_json::Value;
@@ -109,6 +108,10 @@ fn crosses_by(ways: &[String]) -> Result<()> {
         for choice in choices.iter().filter(|c| way.contains(c["name"].as_str().unwrap_or("?"))) {
             ensure!(choice["off"].is_string(), "{choice} is on: {report}");
         }
+        for (fast, what) in [(Fast::Hide, "scans_hidden"), (Fast::Tar, "fast_tar_calls")] {
+            let off = way.contains(fast.name()) || way.contains(Fast::HeldDump.name());
+            ensure!(!off || report["happened"][what] == 0, "{what} after {way}: {report}");
+        }
     }
     Ok(())
 }
@@ -124,12 +127,32 @@ fn memory_crosses_whole_without_a_tracker_and_without_precopy() -> Result<()> {
     crosses_by(&["--mode stop".to_owned(), "--tracker none".to_owned(), all])
 }
 
+/// Moves `id`, and looks at what waits for the freeze on both hosts before it comes.
+fn move_held(scene: &Scene, id: &str, to: &str) -> Result<Value> {
+    let (from, to) = there(to);
+    let more = format!("--ip {FLOATING}/24 --json");
+    let job = stop_at(scene, id, Phase::Freeze.name(), (from, to), &more)?;
+    for (host, what) in [(from, "checkpoint"), (to, "restore")] {
+        let processes = scene.host(host).run("ps -eo args")?.stdout;
+        let of = |program: &str, what: &str| {
+            processes.lines().find(|line| line.starts_with(program) && line.contains(what))
+        };
+        let runc = of("runc ", what).with_context(|| format!("no {what} waits: {processes}"))?;
+        ensure!(runc.contains("--manage-cgroups-mode ignore"), "{runc}");
+        let criu = of("criu", if what == "restore" { "restore" } else { "dump" });
+        ensure!(criu.is_some(), "no criu waits on {host}: {processes}");
+    }
+    go_on(scene.host(from))?;
+    let output = job.wait(Duration::from_secs(60))?.checked("ferry migrate")?;
+    serde_json::from_str(&output.stdout).with_context(|| format!("decode {}", output.stdout))
+}
+
 #[test]
 fn no_fast_path_falls_back_silently() -> Result<()> {
     let scene = Scene::start()?;
     scene.start_redis("a", 1000)?;
     let client = scene.start_client(5)?;
-    let report = move_to(&scene, "redis", "b", "")?;
+    let report = move_held(&scene, "redis", "b")?;
     let choices = report["fast"].as_array().context("no choices")?;
     ensure!(choices.len() == Fast::ALL.len(), "{report}");
     ensure!(choices.iter().all(|choice| choice["off"].is_null()), "{report}");
@@ -183,6 +206,10 @@ fn cancelled(scene: &Scene) -> Result<Value> {
     Ok(first)
 }
 
+/// Changes a part of every 20th value of redis.
+const CHANGE: &str = "for n = 0, 59999, 400 do for m = n, n + 19 do \
+    redis.call(\"setrange\", \"key:\" .. m, 100, \"other than before\") end end";
+
 #[test]
 fn the_next_attempt_after_a_cancelled_one_sends_only_what_changed() -> Result<()> {
     let scene = Scene::start()?;
@@ -196,6 +223,12 @@ fn the_next_attempt_after_a_cancelled_one_sends_only_what_changed() -> Result<()
     let told = b.run("ferry status")?.stdout;
     ensure!(told.contains("default/redis") && told.contains("next attempt"), "{told}");
     ensure!(task_state(a, "redis")?.as_deref() == Some("RUNNING"));
+
+    // What the store has of these is old now, and what it has of those in between is not.
+    a.run(&format!("redis-cli eval '{CHANGE}' 0"))?;
+    let changed = digest(a)?;
+    ensure!(changed != before, "nothing has changed");
+    let before = changed;
 
     let again = move_to(&scene, "redis", "b", "")?;
     let all = number(&first["happened"]["rounds"][0]["listed"]);
@@ -234,12 +267,13 @@ fn ferry_drop_forgets_what_a_failed_migration_left() -> Result<()> {
     Ok(())
 }
 
-/// Moves redis three times at once one after the other.
+/// Moves redis three times at once one after the other, with most of its memory still to come.
 fn moves_on_at_once(keys: u32) -> Result<()> {
     let scene = Scene::start()?;
     let before = filled_redis(&scene, keys, 500)?;
     for to in ["b", "a", "b"] {
-        move_to(&scene, "redis", to, "")?;
+        move_to(&scene, "redis", to, LATE_FILL)?;
+        ensure!(!stores(scene.host(to))?.is_empty(), "its memory is all there already");
     }
     ensure!(digest(scene.host("b"))? == before, "the digest is another");
     Ok(())
@@ -345,74 +379,5 @@ fn a_page_daemon_killed_under_every_kind_of_memory_loses_nothing() -> Result<()>
     scene.host("b").run("touch /tmp/enough")?;
     wait_for_fill(scene.host("b"))?;
     memory.check()?;
-    memory.goes_on()
-}
-
-/// CPU quota of the container `id` on `host`, as the kernel says it.
-fn quota(host: &Host, id: &str) -> Result<String> {
-    let script = format!(
-        "pid=$(ctr task ls | awk '$1 == \"{id}\" {{print $2}}'); \
-         path=$(sed -n 's/^[0-9]*:[^:]*\\bcpu\\b[^:]*://p' /proc/$pid/cgroup); \
-         if [ -n \"$path\" ]; then cd /sys/fs/cgroup/cpu/$path && cat cpu.cfs_quota_us; \
-         else cd /sys/fs/cgroup/$(sed -n 's/^0:://p' /proc/$pid/cgroup) && cat cpu.max; fi"
-    );
-    Ok(host.run(&script)?.stdout.trim().to_owned())
-}
-
-/// Writes all of its working set again and again, faster than any link could send it.
-const FAST_WRITER: &str = "writer --megabytes 32 --rate 3000";
-/// A pause that is too short for that much memory, and not too short for none.
-const TARGET: &str = "--downtime-target 21";
-const TOO_FAST: &str = "faster than it can be copied";
-
-#[test]
-fn memory_that_changes_too_fast_is_named() -> Result<()> {
-    let scene = Scene::start()?;
-    let (a, b) = (scene.host("a"), scene.host("b"));
-    let empty = traces(b)?;
-    let mut memory = scene.start_memory("a", FAST_WRITER, "")?;
-    let own = quota(a, "mem")?;
-    for (target, why) in [(TARGET, "NoProgress"), ("--downtime-target 1", "TargetTooShort")] {
-        let more = format!("--ip {FLOATING}/24 --on-diverge fail {target}");
-        let refused = scene.try_migrate("mem", "a", "b", &more)?;
-        ensure!(!refused.status.success(), "{target}: it went through: {refused}");
-        for text in [TOO_FAST, why, "mem runs on a"] {
-            ensure!(refused.stderr.contains(text), "{target}: no {text:?} in {refused}");
-        }
-        memory.goes_on().context(target)?;
-    }
-    ensure!(quota(a, "mem")? == own, "the quota is another");
-    wait_for_traces_but_pages(b, &empty, "after two refusals")?;
-    let report = move_to(&scene, "mem", "b", &format!("--on-diverge stop {TARGET} --rounds 3"))?;
-    ensure!(report["warnings"].to_string().contains(TOO_FAST), "{report}");
-    memory.goes_on()
-}
-
-#[test]
-fn a_throttled_container_has_its_cpu_time_again() -> Result<()> {
-    let scene = Scene::start()?;
-    let (a, b) = (scene.host("a"), scene.host("b"));
-    let mut memory = scene.start_memory("a", FAST_WRITER, "")?;
-    let own = quota(a, "mem")?;
-    let throttle = format!("--on-diverge throttle {TARGET} --rounds 2");
-    // Whoever carries cgroups over must not carry the limit.
-    for (to, more) in [("b", ""), ("a", "--no-fast cgroups")] {
-        move_to(&scene, "mem", to, &format!("{throttle} {more}"))?;
-        memory.goes_on()?;
-        let now = quota(scene.host(to), "mem")?;
-        ensure!(now == own, "the quota is {now} after {more:?}");
-        wait_for_fill(scene.host(to))?;
-    }
-    // A migration that fails leaves it as it was.
-    let more = format!("--ip {FLOATING}/24 {throttle}");
-    let job = stop_at(&scene, "mem", Phase::Hold.name(), ("a", "b"), &more)?;
-    let limited = quota(a, "mem")?;
-    ensure!(limited != own, "it was not throttled");
-    b.run("pkill -9 -f '^ferry agent'")?;
-    go_on(a)?;
-    let failed = job.wait(Duration::from_secs(60))?;
-    ensure!(!failed.status.success(), "{failed}");
-    let now = quota(a, "mem")?;
-    ensure!(now == own, "the quota is {now} after a failure");
     memory.goes_on()
 }

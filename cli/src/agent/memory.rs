@@ -90,7 +90,10 @@ impl Memory {
     /// When the keeper cannot.
     pub(super) fn listen(&self, work: &Path, shim: u32) -> Result<()> {
         let keeper = self.client.status().context("ask the page daemon")?.keeper;
-        join_cgroups(keeper, shim);
+        // It must live as long as the container, and not end with the session that started it.
+        if let Err(error) = ferry_oci::cgroups::join(keeper, shim) {
+            log::debug!("move the page daemon to the shim's cgroups: {error}");
+        }
         std::fs::create_dir_all(work).with_context(|| format!("create {}", work.display()))?;
         self.client.listen(&work.join("lazy-pages.socket")).context("serve pages")
     }
@@ -100,6 +103,13 @@ impl Memory {
     /// # Errors
     /// When the keeper is gone.
     pub(super) fn fill(&self) -> Result<()> {
+        // A test that wants it later: the page daemon begins by itself, after 2 s or 30.
+        #[cfg(feature = "fault-points")]
+        match std::env::var("FERRY_FILL").as_deref() {
+            Ok("late") => return Ok(()),
+            Ok("held") => return Ok(self.client.hold_fill()?),
+            _ => {}
+        }
         Ok(self.client.fill()?)
     }
 
@@ -119,14 +129,4 @@ fn start_keeper(dir: &Path) -> Result<()> {
     let child = command.spawn().context("start the page daemon")?;
     ensure!(child.id() != 0, "the page daemon has no pid");
     Ok(())
-}
-
-/// Moves the keeper to where the shim of the container is: it must live as long, and not end with
-/// the session that started it.
-fn join_cgroups(keeper: u32, shim: u32) {
-    for folder in ferry_oci::cgroups::folders_of(shim) {
-        if let Err(error) = std::fs::write(folder.join("cgroup.procs"), keeper.to_string()) {
-            log::debug!("move the page daemon to {}: {error}", folder.display());
-        }
-    }
 }

@@ -10,7 +10,10 @@ pub(crate) mod listen;
 mod memory;
 mod settle;
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, bail};
+use ferry_oci::{cgroups, sockets};
 use tokio::io::{AsyncWriteExt, BufReader, BufWriter};
 
 use crate::containerd::Containerd;
@@ -20,6 +23,9 @@ use crate::wire::codec::{self, Frame, MAX_DATA};
 use crate::wire::messages::{ContainerdAddress, Reply, Request};
 use destination::Destination;
 use incoming::Incoming;
+
+/// How long the driver's host may be silent. ssh there gives up after 15 s.
+const DRIVER: Duration = Duration::from_secs(20);
 
 /// What the agent knows once the driver has said hello.
 struct Agent {
@@ -36,6 +42,7 @@ struct Agent {
 /// When the driver speaks another protocol or the streams break. What was not committed has been
 /// undone then.
 pub(crate) async fn serve() -> Result<()> {
+    notice_lost_driver();
     let mut input = Incoming::new(BufReader::with_capacity(1 << 20, tokio::io::stdin()));
     let mut output = BufWriter::new(tokio::io::stdout());
     let mut agent: Option<Agent> = None;
@@ -44,6 +51,23 @@ pub(crate) async fn serve() -> Result<()> {
         migration.lease_ended().await;
     }
     result
+}
+
+/// A driver whose host or link is gone says nothing, and sshd by itself waits for hours. The lease
+/// must end sooner.
+fn notice_lost_driver() {
+    let mut ancestor = cgroups::parent(std::process::id());
+    while let Some(pid) = ancestor.filter(|pid| *pid > 1) {
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        if name.starts_with("sshd") {
+            match sockets::end_when_silent(pid, DRIVER) {
+                Ok(0) => {}
+                Ok(_) => return,
+                Err(error) => log::debug!("the connection of the driver: {error}"),
+            }
+        }
+        ancestor = cgroups::parent(pid);
+    }
 }
 
 async fn converse(

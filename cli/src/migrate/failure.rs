@@ -22,6 +22,8 @@ pub(crate) enum Whereabouts {
 pub(crate) struct Failure {
     phase: Phase,
     cause: anyhow::Error,
+    /// By a deadline or a signal.
+    cut: bool,
     whereabouts: Whereabouts,
     /// What could not be undone, and how it will be.
     leftovers: Vec<String>,
@@ -30,13 +32,25 @@ pub(crate) struct Failure {
 impl Failure {
     /// A failure in `phase`. Until told otherwise the container runs on the source.
     pub(crate) fn new(phase: Phase, cause: anyhow::Error) -> Self {
-        Self { phase, cause, whereabouts: Whereabouts::Source, leftovers: Vec::new() }
+        Self { phase, cause, cut: false, whereabouts: Whereabouts::Source, leftovers: Vec::new() }
     }
 
     /// `phase` took too long.
     pub(crate) fn deadline(phase: Phase) -> Self {
         let seconds = phase.deadline().as_secs();
-        Self::new(phase, anyhow::anyhow!("not done within its deadline of {seconds} s"))
+        let cause = anyhow::anyhow!("not done within its deadline of {seconds} s");
+        Self { cut: true, ..Self::new(phase, cause) }
+    }
+
+    /// Somebody has asked for its end, by the signal `name`.
+    pub(crate) fn interrupted(phase: Phase, name: &str) -> Self {
+        let cause = anyhow::anyhow!("interrupted by {name}");
+        Self { cut: true, ..Self::new(phase, cause) }
+    }
+
+    /// Whether a step was left in the middle, and with it whatever was on its way to the agent.
+    pub(crate) fn is_cut(&self) -> bool {
+        self.cut
     }
 
     /// At which step.

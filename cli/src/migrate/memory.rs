@@ -8,12 +8,13 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use ferry_oci::cgroups;
 use ferry_oci::cpu_quota::CpuQuota;
-use ferry_oci::criu::{HiddenRange, HiddenTask, Hiding, Orders, StoredSmaps};
+use ferry_oci::criu::{HiddenRange, HiddenTask, HideError, Hiding, Orders, StoredSmaps};
 use ferry_oci::pages::areas::Layout;
 use ferry_oci::pages::rounds::{Diverging, OnDiverge, Policy, Round, Rounds, Throttle, Verdict};
 use ferry_oci::pages::stream::{
@@ -21,6 +22,7 @@ use ferry_oci::pages::stream::{
 };
 use ferry_oci::pages::tracker::{Kind, ProcessLayout, Tracker};
 
+use super::guard::Guard;
 use super::report::Happened;
 use crate::transport::link::Link;
 use crate::wire::messages::Request;
@@ -53,9 +55,12 @@ pub(super) struct Memory {
     orders: Orders,
     /// Areas as read shortly before the freeze, by pid.
     fresh: BTreeMap<i32, Layout>,
-    throttle: Option<(CpuQuota, Throttle)>,
+    /// Less CPU time, and who gives it back if this process cannot.
+    throttle: Option<(CpuQuota, Throttle, Guard)>,
     /// Every round so far.
     pub(super) made: Vec<RoundStats>,
+    /// Taken while a round is made.
+    at_work: Arc<Mutex<()>>,
 }
 
 /// What a round needs; moves to a blocking thread for it.
@@ -95,6 +100,7 @@ impl Memory {
             fresh: BTreeMap::new(),
             throttle: None,
             made: Vec::new(),
+            at_work: Arc::default(),
         })
     }
 
@@ -181,7 +187,9 @@ impl Memory {
         let mut engine = self.engine.take().context("the tracker is gone")?;
         link.send(&Request::Pages).await?;
         let (mut writer, chunks) = stream::writer();
+        let at_work = self.at_work.clone();
         let work = tokio::task::spawn_blocking(move || {
+            let _at_work = at_work.lock();
             let stats = engine.round(frozen, &mut writer);
             (engine, stats)
         });
@@ -203,9 +211,10 @@ impl Memory {
             tokio::time::sleep(Duration::from_millis(200)).await;
             let used = quota.used()?.saturating_sub(before).as_secs_f64();
             let own = used / start.elapsed().as_secs_f64();
-            self.throttle = Some((quota, Throttle::new(own)));
+            let guard = Guard::start(folder, init).await?;
+            self.throttle = Some((quota, Throttle::new(own), guard));
         }
-        let Some((quota, throttle)) = &mut self.throttle else { return Ok(false) };
+        let Some((quota, throttle, _)) = &mut self.throttle else { return Ok(false) };
         let Some(cpus) = throttle.next_step() else { return Ok(false) };
         quota.limit(cpus.max(0.01))?;
         Ok(true)
@@ -213,7 +222,12 @@ impl Memory {
 
     /// Gives a throttled container its CPU time back.
     pub(super) fn unthrottle(&mut self) {
-        self.throttle = None;
+        // Its guard ends later: waiting for it takes longer.
+        if let Some((quota, ..)) = &mut self.throttle
+            && let Err(error) = quota.restore()
+        {
+            log::warn!("give the container its CPU time back: {error}");
+        }
     }
 
     /// Has the dump leave out what the store has. The orders are in `folder`, which the shim has
@@ -265,7 +279,11 @@ impl Memory {
             tasks.push(task(&process, smaps));
         }
         self.orders = Orders { tasks };
-        Ok(hiding.write(&self.orders)?)
+        match hiding.write(&self.orders) {
+            // Areas that changed while they were read: in the freeze they are found to be others.
+            Err(HideError::Range(..)) if with_smaps => Ok(()),
+            written => Ok(written?),
+        }
     }
 
     /// Adds what really happened to `happened`.
@@ -313,6 +331,14 @@ impl Memory {
             bail!("process {pid} was dumped, and its memory was not copied");
         }
         Ok(warning)
+    }
+}
+
+impl Drop for Memory {
+    /// A round that was left in the middle ends first: it may be at work in a process of the
+    /// container, and this one may be about to end.
+    fn drop(&mut self) {
+        drop(self.at_work.lock());
     }
 }
 

@@ -14,7 +14,9 @@
 
 mod failure;
 mod fault;
+pub(crate) mod guard;
 mod images;
+mod interrupt;
 pub(crate) mod memory;
 mod pause;
 
@@ -46,6 +48,7 @@ use crate::transport::Destination;
 use crate::transport::link::{Link, unexpected};
 use crate::wire::messages::{ContainerdAddress, Reply, Request};
 use failure::{Failure, Whereabouts};
+use interrupt::{Interrupt, Names, Stage};
 use pause::Held;
 use plan::Plan;
 use report::{Bytes, Report, downtime};
@@ -143,6 +146,7 @@ struct Migration {
     /// Why that is not what was asked for.
     mode_why: Option<String>,
     timeline: Timeline,
+    interrupt: Interrupt,
     bytes: Bytes,
     started: Instant,
 }
@@ -156,11 +160,18 @@ pub(crate) async fn run(options: Options) -> Result<()> {
     let _driver = lock::take(&name, Duration::ZERO)
         .await
         .with_context(|| format!("{} is being moved", options.container))?;
-    run_locked(options).await
+    let interrupt = Interrupt::listen()?;
+    let (container, there) = (options.container.clone(), options.to.1.host().to_owned());
+    let names = Names { container, here: hostname(), there };
+    tokio::select! {
+        done = run_locked(options, interrupt.clone()) => done,
+        left = interrupt.leave(&names) => Err(left),
+    }
 }
 
-async fn run_locked(options: Options) -> Result<()> {
+async fn run_locked(options: Options, interrupt: Interrupt) -> Result<()> {
     if let Some(record) = earlier(&options)? {
+        interrupt.enter(Stage::Settling);
         return settle::resume(&options, &record).await;
     }
     let (mode, mode_why) = choose_mode(options.mode, options.memory.tracker, &tracker::probe())
@@ -172,7 +183,8 @@ async fn run_locked(options: Options) -> Result<()> {
         choices: Vec::new(),
         mode,
         mode_why,
-        timeline: Timeline::new(options.json),
+        timeline: Timeline::new(options.json, interrupt.clone()),
+        interrupt,
         bytes: Bytes::default(),
         started: Instant::now(),
         options,
@@ -186,9 +198,10 @@ async fn run_locked(options: Options) -> Result<()> {
         eprint!("{}", plan.text());
     }
     // From here on something may have changed.
-    let ready = match migration.wait_until_filled(&source).await {
+    let filled = migration.timeline.cut(Phase::Plan, migration.wait_until_filled(&source)).await;
+    let ready = match filled.and_then(|f| f.map_err(|error| Failure::new(Phase::Plan, error))) {
         Ok(()) => migration.prepare(&mut source, &mut link).await,
-        Err(error) => Err(Failure::new(Phase::Plan, error)),
+        Err(failure) => Err(failure),
     };
     let held = match ready {
         Ok(ready) => migration.pause(ready, &mut source, &mut link).await,
@@ -201,6 +214,8 @@ async fn run_locked(options: Options) -> Result<()> {
     if let Err(failure) = migration.commit(&source, &frozen.epoch).await
         // A reply that was lost is no decision that was not taken.
         && Record::read(&migration.id).ok().flatten().is_none()
+        // Nor is a container lost that the destination has.
+        && !migration.commit_alone(&source, &frozen.epoch).await
     {
         return Err(migration.rollback(failure, &source, link).await);
     }
@@ -340,6 +355,12 @@ impl Migration {
         self.timeline.run(Phase::Commit, source.commit(to, ip, &self.device, epoch)).await
     }
 
+    /// Decides in place of a shim that was killed and has taken the container with it.
+    async fn commit_alone(&self, source: &Source, epoch: &str) -> bool {
+        let (to, ip) = (&self.options.to.0, self.options.ip);
+        source.commit_alone(to, ip, &self.device, epoch, &self.options.containerd).await
+    }
+
     /// After the commit: release there, retire here. Whatever fails is settled with the
     /// destination, never rolled back.
     async fn complete(
@@ -409,6 +430,7 @@ impl Migration {
     /// Undoes everything on both sides. The container runs here afterwards.
     async fn rollback(&self, failure: Failure, source: &Source, mut link: Link) -> anyhow::Error {
         let mut failure = failure;
+        self.interrupt.enter(Stage::Undoing);
         // Here first: this is what the clients wait for.
         if failure.phase() >= Phase::Hold
             && let Err(error) = source.thaw().await
@@ -421,8 +443,8 @@ impl Migration {
             }
         }
         let patience = Duration::from_secs(60);
-        if link.order(&Request::Abort, patience).await.is_err() {
-            // The agent is lost, or busy beyond its deadline: it undoes by itself when its input
+        if failure.is_cut() || link.order(&Request::Abort, patience).await.is_err() {
+            // The agent is lost, or in the middle of something: it undoes by itself when its input
             // ends, and a second one waits for it or does it in its place.
             let host = link.host().to_owned();
             drop(link);

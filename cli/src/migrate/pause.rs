@@ -14,6 +14,7 @@ use ferry_oci::layer::Pass;
 use tokio::sync::watch;
 
 use super::failure::Failure;
+use super::fault;
 use super::images::Images;
 use super::memory::{self, Memory};
 use super::report::Happened;
@@ -185,6 +186,7 @@ impl Migration {
                     }
                     if options.ip.is_some() {
                         link.order(&Request::Announce, Phase::Freeze.deadline()).await?;
+                        fault::at(fault::ANNOUNCED).await;
                     }
                     source.freeze(&hold).await
                 })

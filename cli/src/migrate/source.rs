@@ -12,8 +12,8 @@ use anyhow::{Context, Result, bail};
 use ferry_oci::api::ferry::{CommitRequest, DumpResponse, FreezeRequest, PrepareDumpRequest};
 use ferry_oci::fast::Fast;
 use ferry_oci::layer::{self, Manifest, Pass};
-use ferry_oci::paths;
 use ferry_oci::record::{Decision, Record};
+use ferry_oci::{cgroups, paths};
 
 use crate::agent::cleanup;
 use crate::containerd::{ContainerRecord, Containerd, Image, ImageContent, WritableLayer};
@@ -28,6 +28,9 @@ use crate::wire::stream;
 const FREEZE_MIN: Duration = Duration::from_secs(120);
 /// Slowest link the freeze's limit allows for, bytes per second.
 const SLOWEST: u64 = 4 << 20;
+
+/// How long containerd may take to end what a shim has left that was killed.
+const ENDED: Duration = Duration::from_secs(10);
 
 /// What the two ends that wait for the freeze are started with.
 pub(super) struct Hold<'a> {
@@ -130,7 +133,8 @@ impl Source {
 
     /// How long the container may stay frozen without a commit, from its size.
     pub(super) fn freeze_limit(&self) -> Duration {
-        FREEZE_MIN + Duration::from_secs(self.facts.resident / SLOWEST)
+        super::fault::limit().unwrap_or(FREEZE_MIN)
+            + Duration::from_secs(self.facts.resident / SLOWEST)
     }
 
     fn limit_s(&self) -> u32 {
@@ -319,6 +323,40 @@ impl Source {
             ..Default::default()
         };
         self.shim.commit(request).await
+    }
+
+    /// The commit in place of a shim that has been killed: whether its container has ended with it,
+    /// so that it can only run at the destination, and that is written down.
+    pub(super) async fn commit_alone(
+        &self,
+        to: &str,
+        ip: Option<Cidr>,
+        device: &str,
+        epoch: &str,
+        address: &ContainerdAddress,
+    ) -> bool {
+        if !self.is_gone(address).await || !self.has_ended().await {
+            return false;
+        }
+        let (id, namespace) = (&self.record.id, &address.namespace);
+        let mut record = Record::new(&self.migration, id, namespace, Decision::Committed);
+        record.destination = to.to_owned();
+        record.ip = ip.map(|c| c.to_string()).unwrap_or_default();
+        record.device = device.to_owned();
+        record.epoch = epoch.to_owned();
+        record.write().is_ok()
+    }
+
+    /// Waits until containerd has ended what a killed shim has left; false if it does not.
+    async fn has_ended(&self) -> bool {
+        let start = std::time::Instant::now();
+        while start.elapsed() < ENDED {
+            if cgroups::has_ended(self.init_pid) {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        false
     }
 
     /// Thaws and unlocks. Only before the commit.

@@ -1,6 +1,7 @@
 //! The one wrapper around every phase: deadline, time, progress, fault point.
 
 use std::future::Future;
+use std::io::Write;
 use std::time::Instant;
 
 use anyhow::Result;
@@ -10,6 +11,7 @@ use tokio::time::timeout;
 
 use super::failure::Failure;
 use super::fault;
+use super::interrupt::{Interrupt, Stage};
 
 /// One phase that has ended.
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -27,12 +29,32 @@ pub(crate) struct Timeline {
     quiet: bool,
     /// Progress of the pause, told when it is over.
     untold: String,
+    interrupt: Option<Interrupt>,
 }
 
 impl Timeline {
     /// A timeline that tells its progress on standard error, unless `quiet`.
-    pub(crate) fn new(quiet: bool) -> Self {
-        Self { quiet, ..Self::default() }
+    pub(crate) fn new(quiet: bool, interrupt: Interrupt) -> Self {
+        Self { quiet, interrupt: Some(interrupt), ..Self::default() }
+    }
+
+    /// Does `work` of `phase`, unless it is interrupted before the commit.
+    ///
+    /// # Errors
+    /// Of the interruption only.
+    pub(crate) async fn cut<T>(
+        &self,
+        phase: Phase,
+        work: impl Future<Output = T>,
+    ) -> Result<T, Failure> {
+        let Some(interrupt) = self.interrupt.as_ref() else { return Ok(work.await) };
+        tokio::select! {
+            biased;
+            name = interrupt.come(), if phase <= Phase::Commit => {
+                Err(Failure::interrupted(phase, name))
+            }
+            done = work => Ok(done),
+        }
     }
 
     /// Runs one phase within its deadline.
@@ -44,11 +66,18 @@ impl Timeline {
         phase: Phase,
         work: impl Future<Output = Result<T>>,
     ) -> Result<T, Failure> {
-        fault::point(phase).await;
+        self.cut(phase, fault::point(phase)).await?;
+        if let Some(interrupt) = self.interrupt.as_ref().filter(|_| phase == Phase::Commit) {
+            interrupt.enter(Stage::Decided);
+        }
         let start = Instant::now();
-        let result = match timeout(phase.deadline(), work).await {
-            Ok(result) => result.map_err(|error| Failure::new(phase, error)),
-            Err(_) => Err(Failure::deadline(phase)),
+        let work = timeout(phase.deadline(), work);
+        // The commit is waited for: it may have been recorded already.
+        let done = if phase < Phase::Commit { self.cut(phase, work).await } else { Ok(work.await) };
+        let result = match done {
+            Ok(Ok(result)) => result.map_err(|error| Failure::new(phase, error)),
+            Ok(Err(_)) => Err(Failure::deadline(phase)),
+            Err(interrupted) => Err(interrupted),
         };
         let micros = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
         self.took.push(Took { phase, micros });
@@ -59,7 +88,9 @@ impl Timeline {
             // A terminal may be slow, and the clients would wait for it.
             let in_pause = (Phase::Freeze..Phase::Release).contains(&phase);
             if !in_pause || result.is_err() {
-                eprint!("{}", std::mem::take(&mut self.untold));
+                // Not eprint, which panics where there is no terminal any more.
+                let untold = std::mem::take(&mut self.untold);
+                let _ = write!(std::io::stderr(), "{untold}");
             }
         }
         result
@@ -82,7 +113,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_failed_phase_is_timed_and_named() {
-        let mut timeline = Timeline::new(true);
+        let mut timeline = Timeline::default();
         let work = async { anyhow::bail!("no route") };
         let failure = timeline.run::<()>(Phase::Dump, work).await.unwrap_err();
         assert_eq!(failure.phase(), Phase::Dump);

@@ -100,6 +100,8 @@ impl Session {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true)
+            // Ctrl-C is for the driver, which then needs its connection.
+            .process_group(0)
             .spawn()
             .context("start ssh: is openssh-client installed?")?;
         let input = child.stdin.take().context("ssh has no input")?;

@@ -1,0 +1,144 @@
+//! The page daemon in the middle of a move: what it must follow, and who of it is killed when.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use ferry_cli::phase::Phase;
+use ferry_oci::pages::daemon::Client;
+use ferry_tests::memory::{Asked, HELD_FILL, LATE_FILL, stores, wait_for_fill};
+use ferry_tests::scene::{
+    FLOATING, go_on, stop_at, task_state, traces, wait_for_traces, wait_for_traces_but_pages,
+};
+use ferry_tests::{Host, Scene};
+
+/// How long a migration may take to come to its end.
+const END: Duration = Duration::from_secs(100);
+/// A workload that is checked in a second or two, and changes its mappings all the time.
+const RESTLESS: &str = "check --processes 3 --threads 1 --megabytes 24 --events 300";
+
+/// Pids of the processes of the page daemon on `host`: the keeper, then its workers.
+fn daemon(host: &Host) -> Result<Vec<u32>> {
+    let script = "for file in /run/ferry/pages/*/meta.json; do \
+                  keeper=$(sed -n 's/.*\"keeper\":\\([0-9]*\\).*/\\1/p' $file 2>/dev/null); \
+                  [ -n \"$keeper\" ] && echo $keeper && pgrep -P $keeper; done; true";
+    let pids = host.run(script)?.stdout;
+    pids.split_whitespace().map(|pid| pid.parse().context("a pid")).collect()
+}
+
+/// Starts the workload on `a`; its guards stay as they are, since the kernel tells nobody of them.
+fn start(scene: &Scene) -> Result<Asked> {
+    let mut memory = scene.start_memory("a", RESTLESS, "")?;
+    memory.keep_guards(true)?;
+    Ok(memory)
+}
+
+#[test]
+fn what_is_done_to_memory_that_has_not_come_yet_is_followed() -> Result<()> {
+    let scene = Scene::start()?;
+    let mut memory = start(&scene)?;
+    for (from, to) in [("a", "b"), ("b", "a"), ("a", "b")] {
+        let more = format!("--ip {FLOATING}/24 {HELD_FILL}");
+        scene.try_migrate("mem", from, to, &more)?.checked("ferry migrate")?;
+        // It frees, moves, maps anew and forks meanwhile.
+        eprintln!("{:?} {:?}", memory.check(), memory.stats()?);
+        let before = memory.stats()?["events"].as_u64();
+        std::thread::sleep(Duration::from_millis(1500));
+        eprintln!("{:?} {:?}", memory.check(), memory.stats()?);
+        let after = memory.stats()?["events"].as_u64();
+        ensure!(after > before.map(|n| n + 100), "{before:?} events before, {after:?} after");
+        ensure!(!stores(scene.host(to))?.is_empty(), "the memory has come early");
+        memory.check()?;
+        let pages = scene.host(to).root().join("run/ferry/pages/default.mem");
+        Client::connect(&pages).context("reach the page daemon")?.fill()?;
+        wait_for_fill(scene.host(to))?;
+        memory.check()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_keeper_that_is_killed_while_memory_comes_loses_nothing() -> Result<()> {
+    let scene = Scene::start()?;
+    let b = scene.host("b");
+    let mut memory = start(&scene)?;
+    let more = format!("--ip {FLOATING}/24 {LATE_FILL}");
+    scene.try_migrate("mem", "a", "b", &more)?.checked("ferry migrate")?;
+    let pids = daemon(b)?;
+    let [keeper, worker] = pids[..] else { anyhow::bail!("no keeper and worker: {pids:?}") };
+    b.run(&format!("kill -9 {keeper}"))?;
+    b.run(&format!("kill -0 {worker}")).context("the worker must go on")?;
+    memory.check()?;
+    memory.goes_on()?;
+    b.wait_until("the worker has ended too", |h| {
+        h.output(&format!("kill -0 {worker}")).is_ok_and(|o| !o.status.success())
+    })?;
+    memory.check()?;
+    ensure!(stores(b)?.is_empty() && b.run("ls /run/ferry/pages")?.stdout.is_empty());
+    // And it may leave.
+    scene.try_migrate("mem", "b", "a", &format!("--ip {FLOATING}/24"))?.checked("go home")?;
+    memory.check().map(drop)
+}
+
+#[test]
+fn a_page_daemon_killed_in_any_phase_leaves_one_container_with_all_its_memory() -> Result<()> {
+    let scene = Scene::start()?;
+    let mut memory = start(&scene)?;
+    let empty = traces(scene.host("b"))?;
+    let full = traces(scene.host("a"))?;
+    let (mut here, mut there) = ("a", "b");
+    let more = format!("--ip {FLOATING}/24");
+    for phase in Phase::ALL {
+        // Before it is there is none, and with the container's first steps it is another test's.
+        if phase <= Phase::Precopy || phase > Phase::Release {
+            continue;
+        }
+        for who in ["keeper", "worker"] {
+            let when = format!("{who} killed at {}", phase.name());
+            let job = stop_at(&scene, "mem", phase.name(), (here, there), &more)?;
+            let pids = daemon(scene.host(there))?;
+            let victim = if who == "keeper" { pids.first() } else { pids.get(1) };
+            if let Some(pid) = victim {
+                scene.host(there).run(&format!("kill -9 {pid}"))?;
+            }
+            go_on(scene.host(here))?;
+            let output = job.wait(END).with_context(|| when.clone())?;
+            if output.status.success() {
+                (here, there) = (there, here);
+            } else {
+                let told = format!("mem runs on {here}");
+                ensure!(output.stderr.contains(&told), "{when}: no {told:?} in {output}");
+            }
+            // Only the keeper has what is sent until it is complete, which it is with the order to
+            // restore.
+            if who == "worker" || phase != Phase::Restore {
+                let lost = who == "keeper" && phase < Phase::Restore;
+                ensure!(output.status.success() != lost, "{when}: {output}");
+            }
+            memory.check().with_context(|| format!("{when}: {output}"))?;
+            let state = task_state(scene.host(here), "mem")?;
+            ensure!(state.as_deref() == Some("RUNNING"), "{when}: {state:?}");
+            wait_for_traces_but_pages(scene.host(there), &empty, &when)?;
+            wait_for_traces(scene.host(here), &full, &when)?;
+        }
+    }
+    memory.goes_on()
+}
+
+#[test]
+fn a_dump_from_which_nothing_is_hidden_is_noticed_and_loses_nothing() -> Result<()> {
+    let scene = Scene::start()?;
+    scene.start_redis("a", 50_000)?;
+    let digest = |host: &Host| Ok::<_, anyhow::Error>(host.run("redis-cli debug digest")?.stdout);
+    let before = digest(scene.host("a"))?;
+    let more = format!("--ip {FLOATING}/24");
+    let job = stop_at(&scene, "redis", Phase::Dump.name(), ("a", "b"), &more)?;
+    // CRIU has not asked for its orders yet.
+    scene.host("a").run("rm /run/ferry/hide/*/ranges")?;
+    go_on(scene.host("a"))?;
+    let output = job.wait(END)?.checked("ferry migrate")?;
+    ensure!(output.stdout.contains("that were to be hidden"), "it was not noticed: {output}");
+    ensure!(digest(scene.host("b"))? == before, "the digest is another");
+    wait_for_fill(scene.host("b"))?;
+    ensure!(digest(scene.host("b"))? == before, "the digest is another");
+    Ok(())
+}
