@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 /// Where cgroup hierarchies are mounted.
 const ROOT: &str = "/sys/fs/cgroup";
@@ -77,6 +77,25 @@ pub fn join(pid: u32, beside: u32) -> io::Result<()> {
     entered.into_iter().collect()
 }
 
+/// Removes the empty cgroups of a container that never ran, where runc was killed before it could.
+/// `path` is the `cgroupsPath` of its spec; those that systemd makes are systemd's to remove.
+pub fn remove_empty(path: &Path) {
+    remove_below(Path::new(ROOT), path);
+}
+
+fn remove_below(root: &Path, path: &Path) {
+    let plain = |part| matches!(part, Component::RootDir | Component::Normal(_));
+    if !path.is_absolute() || path == Path::new("/") || !path.components().all(plain) {
+        return;
+    }
+    let relative = path.strip_prefix("/").unwrap_or(path);
+    let hierarchies = fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
+    for hierarchy in hierarchies.chain([root.to_owned()]) {
+        // The kernel refuses those in which something runs.
+        let _ = fs::remove_dir(hierarchy.join(relative));
+    }
+}
+
 /// The parent of process `pid`; `None` when it is gone. That of a container's init is its shim.
 pub fn parent(pid: u32) -> Option<u32> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
@@ -122,6 +141,22 @@ mod tests {
     #[test]
     fn a_process_in_the_root_has_no_cgroups_of_its_own() {
         assert!(folders(Path::new("/nowhere"), "4:memory:/\n0::/\n3:cpu:/../x\n").is_empty());
+    }
+
+    #[test]
+    fn only_empty_cgroups_of_that_path_are_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = |name: &str| root.path().join(name);
+        for name in ["cpu/default/x", "memory/default/x/inner", "default/x", "cpu/other/x"] {
+            fs::create_dir_all(folder(name)).unwrap();
+        }
+        for refused in ["default/x", "/", "/../x", "a:b:c"] {
+            remove_below(&folder("cpu"), Path::new(refused));
+        }
+        assert!(folder("cpu/default/x").exists());
+        remove_below(root.path(), Path::new("/default/x"));
+        assert!(!folder("cpu/default/x").exists() && !folder("default/x").exists());
+        assert!(folder("memory/default/x/inner").exists() && folder("cpu/other/x").exists());
     }
 
     #[test]

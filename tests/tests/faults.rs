@@ -168,28 +168,6 @@ fn an_operator_can_decide_for_a_destination_that_cannot_be_asked() -> Result<()>
 }
 
 #[test]
-fn a_shim_killed_in_a_migration_takes_its_container_along_and_nothing_else() -> Result<()> {
-    let scene = Scene::start()?;
-    let before = (traces(scene.host("a"))?, traces(scene.host("b"))?);
-    scene.start_redis("a", 0)?;
-    let ip = format!("--ip {FLOATING}/24");
-    let job = stop_at(&scene, "redis", Phase::Commit.name(), ("a", "b"), &ip)?;
-    scene.host("a").run("pkill -9 -x containerd-shim")?;
-    go_on(scene.host("a"))?;
-    let output = job.wait(Duration::from_secs(60))?;
-    ensure!(!output.status.success(), "it went through: {output}");
-    ensure!(output.stderr.contains("redis has ended on a"), "{output}");
-    scene.host("a").wait_until("the task is gone", |h| {
-        h.output("ctr task rm -f redis; ctr task ls").is_ok_and(|o| !o.stdout.contains("redis"))
-    })?;
-    scene.host("a").run(&format!(
-        "ctr container rm redis; ip addr del {FLOATING}/24 dev eth0; ls /run/ferry/images"
-    ))?;
-    wait_for_traces(scene.host("a"), &before.0, "the shim was killed")?;
-    wait_for_traces_but_pages(scene.host("b"), &before.1, "the shim was killed")
-}
-
-#[test]
 fn a_container_is_served_whose_agent_died_before_it_opened_the_address() -> Result<()> {
     let scene = Scene::start()?;
     scene.start_redis("a", 1000)?;

@@ -208,6 +208,15 @@ impl Container {
         pid
     }
 
+    /// Where the bundle's spec wants its cgroups.
+    fn cgroups_path(&self) -> Result<Option<PathBuf>> {
+        let config = std::fs::read(self.bundle.join("config.json"));
+        let spec: oci_spec::runtime::Spec =
+            serde_json::from_slice(&config.context("read the bundle's spec")?)
+                .context("read the bundle's spec")?;
+        Ok(spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone()))
+    }
+
     /// The restore has failed or was refused: nothing of it is left and the task is stopped.
     /// Holds `op`.
     pub(super) async fn never_ran(&self, attempt: &mut Attempt, init: Option<&Child>) {
@@ -219,6 +228,11 @@ impl Container {
         }
         if let Err(err) = self.runtime.delete(&self.id, true).await {
             warn!("remove a failed restore of {}: {err}", self.id);
+        }
+        match self.cgroups_path() {
+            Ok(Some(path)) => ferry_oci::cgroups::remove_empty(&path),
+            Ok(None) => {}
+            Err(err) => warn!("remove the cgroups of {}: {err}", self.id),
         }
         self.record_exit(Exit::now(NEVER_RAN));
     }
