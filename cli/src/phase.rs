@@ -93,12 +93,13 @@ impl Phase {
     /// must not stand still, and by the freeze's own limit.
     pub fn deadline(self) -> Duration {
         Duration::from_secs(match self {
-            Self::Connect | Self::Plan | Self::Address | Self::Freeze | Self::Commit => 30,
+            Self::Connect | Self::Plan | Self::Address | Self::Commit => 30,
             Self::Container | Self::Hold | Self::Release | Self::Retire | Self::Finish => 90,
             Self::Restore => 150,
             Self::Dump => 600,
             Self::Transfer => 1200,
-            Self::Image | Self::Layer => 3600,
+            // The last rounds of the freeze send what a container that runs goes on writing.
+            Self::Image | Self::Layer | Self::Freeze => 3600,
             // Its rounds have their own end.
             Self::Precopy => 24 * 3600,
         })

@@ -185,7 +185,7 @@ impl Migration {
                         memory.write_orders(true)?;
                     }
                     if options.ip.is_some() {
-                        link.order(&Request::Announce, Phase::Freeze.deadline()).await?;
+                        link.order(&Request::Announce, Phase::Address.deadline()).await?;
                         fault::at(fault::ANNOUNCED).await;
                     }
                     source.freeze(&hold).await
@@ -196,7 +196,7 @@ impl Migration {
                 Ok(dump) => break (frozen_at, freeze_us, dump),
                 // A task that was ending, or a connection that was opening, may keep CRIU from
                 // dumping at this moment and not at the next.
-                Err(failure) if tries < DUMPS => {
+                Err(failure) if tries < DUMPS && !failure.is_cut() => {
                     tries += 1;
                     let again = |error| Failure::new(Phase::Dump, error);
                     source.thaw().await.map_err(again)?;
