@@ -56,7 +56,7 @@ fn filled_redis(scene: &Scene, keys: u32, size: u32) -> Result<String> {
 }
 
 fn digest(host: &Host) -> Result<String> {
-    let text = host.run("timeout 20 redis-cli debug digest")?.stdout;
+    let text = host.run("timeout 120 redis-cli debug digest")?.stdout;
     ensure!(text.trim().len() == 40, "no digest: {text:?}");
     Ok(text)
 }
@@ -145,6 +145,34 @@ fn move_held(scene: &Scene, id: &str, to: &str) -> Result<Value> {
     go_on(scene.host(from))?;
     let output = job.wait(Duration::from_secs(60))?.checked("ferry migrate")?;
     serde_json::from_str(&output.stdout).with_context(|| format!("decode {}", output.stdout))
+}
+
+#[test]
+#[ignore = "half an hour: hack/test --all"]
+fn memory_crosses_in_every_mode_with_each_fast_path_off_ten_times() -> Result<()> {
+    let off = Fast::ALL.map(|fast| format!("--no-fast {}", fast.name()));
+    for mode in ["stop", "pre", "auto"] {
+        for off in off.iter().map(String::as_str).chain([""]) {
+            let way = format!("--mode {mode} {off}");
+            crosses_by(&vec![way.clone(); 10]).with_context(|| way)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "13 GB of memory: hack/test --all"]
+fn redis_has_the_same_digest_at_40_mb_400_mb_and_4_gb() -> Result<()> {
+    for keys in [10_000, 100_000, 1_000_000] {
+        let scene = Scene::start()?;
+        let before = filled_redis(&scene, keys, 4000)?;
+        for to in ["b", "a"] {
+            move_to(&scene, "redis", to, "")?;
+            wait_for_fill(scene.host(to))?;
+            ensure!(digest(scene.host(to))? == before, "{keys} keys are others on {to}");
+        }
+    }
+    Ok(())
 }
 
 #[test]
