@@ -194,6 +194,10 @@ impl Job {
 
     /// Whether it has ended.
     pub fn ended(&mut self) -> Result<bool> {
+        if self.enters {
+            // nsenter stops with the process that it waits for, and does not go on with it.
+            process::signal(self.child.id().cast_signed(), Signal::SIGCONT);
+        }
         Ok(self.child.try_wait().context("look after a job")?.is_some())
     }
 

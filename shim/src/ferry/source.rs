@@ -208,6 +208,10 @@ impl Move {
     ) -> Result<FreezeResponse> {
         if !matches!(side, Side::Source(_)) {
             let fast = fast::parse(&request.fast);
+            if fast.contains(&Fast::HeldDump) {
+                let text = "the dump that was prepared has ended: its limit is over";
+                return Err(Error::failed_precondition(text));
+            }
             let away = Away { addresses: &request.lock_addresses, device: &request.device };
             let source = self
                 .begin(container, &request.migration, lease, request.limit_s, fast, &away)
