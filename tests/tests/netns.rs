@@ -194,8 +194,8 @@ fn a_move_that_ends_in_the_pause_leaves_the_namespace_as_it_was() -> Result<()> 
         wait_for_traces_but_pages(b, &without, way)?;
         assert_eq!(inside(b)?, clean, "{way:?}");
     }
-    // A shim takes its container along, and not the next one's network.
-    let job = stop_at(&scene, "talk", "restore", ("a", "b"), "")?;
+    // A shim takes its container along while nobody else has it, and not the next one's network.
+    let job = stop_at(&scene, "talk", "dump", ("a", "b"), "")?;
     ensure!(inside(a)?.contains("drop"), "nothing is locked");
     a.run("pkill -9 -x containerd-shim")?;
     go_on(a)?;
