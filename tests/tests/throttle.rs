@@ -94,7 +94,7 @@ fn a_driver_that_is_killed_while_it_throttles_gives_the_cpu_time_back() -> Resul
     for kill in [
         "pkill -9 -f '^ferry migrate'",
         "pid=$(pgrep -f '^ferry migrate'); kill -9 $pid $(pgrep -P $pid -x ssh)",
-        "pkill -TERM ferry",
+        "pkill -TERM -x ferry",
     ] {
         let job = stop_at(&scene, "mem", Phase::Hold.name(), ("a", "b"), &more)?;
         let limited = quota(a, "mem")?;
