@@ -115,6 +115,15 @@ struct Crowd {
     limit: Duration,
 }
 
+/// What a look at the lists of threads has brought.
+struct Found {
+    /// Those that were told to stop: process and thread.
+    new: Vec<(i32, i32)>,
+    /// None had ended meanwhile. The kernel ends its list at one that ends while it is read, however
+    /// many come after it.
+    whole: bool,
+}
+
 impl Crowd {
     fn new(pid: i32, relatives: &[i32], limit: Duration) -> Self {
         let mut pids = vec![pid];
@@ -125,8 +134,8 @@ impl Crowd {
     /// Returns when all stand still.
     fn gather(&mut self) -> Result<(), InjectError> {
         loop {
-            let new = self.seize_new()?;
-            if new.is_empty() {
+            let Found { new, whole } = self.seize_new()?;
+            if new.is_empty() && whole {
                 return Ok(());
             }
             for (pid, thread) in new {
@@ -139,9 +148,9 @@ impl Crowd {
         }
     }
 
-    /// Has the threads stop that are not held yet: process and thread.
-    fn seize_new(&mut self) -> Result<Vec<(i32, i32)>, InjectError> {
-        let mut new = Vec::new();
+    /// Has the threads stop that are not held yet.
+    fn seize_new(&mut self) -> Result<Found, InjectError> {
+        let (mut new, mut whole) = (Vec::new(), true);
         for (n, &pid) in self.pids.iter().enumerate() {
             let threads = match threads(pid) {
                 Err(error) if n == 0 => {
@@ -156,9 +165,16 @@ impl Crowd {
                 }
                 match Tracee::hold(thread) {
                     Ok(tracee) => drop(self.held.insert(thread, tracee)),
-                    Err(error) if error.raw_os_error() == Some(libc::ESRCH) => continue,
+                    Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
+                        whole = false;
+                        continue;
+                    }
                     Err(error) => match Thread::read(pid, thread) {
-                        Ok(Thread { state: 'Z' | 'X', .. }) | Err(_) => continue,
+                        Ok(Thread { state: 'Z' | 'X', .. }) | Err(_) => {
+                            // The first one stays in the list until all have ended.
+                            whole &= thread == pid;
+                            continue;
+                        }
                         Ok(_) => {
                             let by = Status::read(thread).map_or(0, |status| status.tracer);
                             return Err(match by {
@@ -171,7 +187,7 @@ impl Crowd {
                 new.push((pid, thread));
             }
         }
-        Ok(new)
+        Ok(Found { new, whole })
     }
 
     /// Waits until a thread stands still, has ended, or cannot but stop before it runs again.
