@@ -78,22 +78,24 @@ pub fn join(pid: u32, beside: u32) -> io::Result<()> {
 }
 
 /// Removes the empty cgroups of a container that never ran, where runc was killed before it could.
-/// `path` is the `cgroupsPath` of its spec; those that systemd makes are systemd's to remove.
-pub fn remove_empty(path: &Path) {
-    remove_below(Path::new(ROOT), path);
+/// `path` is the `cgroupsPath` of its spec; those that systemd makes are systemd's to remove. Whether
+/// none is left.
+pub fn remove_empty(path: &Path) -> bool {
+    remove_below(Path::new(ROOT), path)
 }
 
-fn remove_below(root: &Path, path: &Path) {
+fn remove_below(root: &Path, path: &Path) -> bool {
     let plain = |part| matches!(part, Component::RootDir | Component::Normal(_));
     if !path.is_absolute() || path == Path::new("/") || !path.components().all(plain) {
-        return;
+        return true;
     }
     let relative = path.strip_prefix("/").unwrap_or(path);
     let hierarchies = fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
-    for hierarchy in hierarchies.chain([root.to_owned()]) {
-        // The kernel refuses those in which something runs.
-        let _ = fs::remove_dir(hierarchy.join(relative));
-    }
+    let folders = hierarchies.chain([root.to_owned()]).map(|folder| folder.join(relative));
+    // The kernel refuses those in which something runs.
+    let mut gone = true;
+    folders.for_each(|folder| gone &= fs::remove_dir(&folder).is_ok() || !folder.exists());
+    gone
 }
 
 /// The parent of process `pid`; `None` when it is gone. That of a container's init is its shim.
@@ -154,7 +156,7 @@ mod tests {
             remove_below(&folder("cpu"), Path::new(refused));
         }
         assert!(folder("cpu/default/x").exists());
-        remove_below(root.path(), Path::new("/default/x"));
+        assert!(!remove_below(root.path(), Path::new("/default/x")), "one has something in it");
         assert!(!folder("cpu/default/x").exists() && !folder("default/x").exists());
         assert!(folder("memory/default/x/inner").exists() && folder("cpu/other/x").exists());
     }

@@ -15,7 +15,7 @@ use crate::{Host, Job, Output};
 /// How long a migration may take to come to its end, whatever happened in it.
 const END: Duration = Duration::from_secs(100);
 /// How long a client may have to wait for redis after a fault.
-const SERVED: Duration = Duration::from_secs(20);
+pub const SERVED: Duration = Duration::from_secs(20);
 
 /// Two hosts with redis on one of them, moved once there and back, and a client of it.
 pub struct Bed {

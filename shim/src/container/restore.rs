@@ -12,15 +12,18 @@ use ferry_oci::runc::Restore;
 use log::warn;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 /// How long a restore asked for through the Task API may take.
 const DEADLINE: Duration = Duration::from_secs(600);
 /// How long a refused restore may take to undo itself.
 const UNDO: Duration = Duration::from_secs(20);
+/// How long tasks that were killed may take to leave their cgroups, and how often that is looked at.
+const TASKS: Duration = Duration::from_secs(2);
+const BETWEEN: Duration = Duration::from_millis(20);
 /// Exit code of a task that was never restored.
 const NEVER_RAN: u32 = 128 + 9;
 
@@ -220,21 +223,29 @@ impl Container {
     /// The restore has failed or was refused: nothing of it is left and the task is stopped.
     /// Holds `op`.
     pub(super) async fn never_ran(&self, attempt: &mut Attempt, init: Option<&Child>) {
-        if let Err(err) = attempt.runc.wait(UNDO).await {
-            log::debug!("the restore of {} has ended: {err}", self.id);
-        }
         if let Some(init) = init {
             let _ = self.runtime.reaper.signal(init.pid(), 9);
+        }
+        if let Err(err) = attempt.runc.wait(UNDO).await {
+            log::debug!("the restore of {} has ended: {err}", self.id);
         }
         if let Err(err) = self.runtime.delete(&self.id, true).await {
             warn!("remove a failed restore of {}: {err}", self.id);
         }
         match self.cgroups_path() {
-            Ok(Some(path)) => ferry_oci::cgroups::remove_empty(&path),
+            Ok(Some(path)) => remove_cgroups(&path).await,
             Ok(None) => {}
             Err(err) => warn!("remove the cgroups of {}: {err}", self.id),
         }
         self.record_exit(Exit::now(NEVER_RAN));
+    }
+}
+
+/// Of a restore whose runc was killed before it could. Its tasks may still be ending.
+async fn remove_cgroups(path: &Path) {
+    let start = Instant::now();
+    while !ferry_oci::cgroups::remove_empty(path) && start.elapsed() < TASKS {
+        sleep(BETWEEN).await;
     }
 }
 
@@ -339,6 +350,8 @@ async fn release(container: Arc<Container>, undecided: Undecided) -> Result<u32>
                     });
                     return Ok(pid);
                 }
+                // CRIU ends them itself, unless it was killed: runc would wait 10 s for that.
+                let _ = container.runtime.reaper.signal(init.pid(), 9);
                 let failed = Error::internal("CRIU has not let the tasks run");
                 Err(returned(&mut attempt).await.err().unwrap_or(failed))
             }
@@ -388,9 +401,8 @@ async fn abort(container: Arc<Container>, undecided: Undecided) {
         // Breaks the line too, once runc has ended.
         Holder::Line(line, _) => {
             line.refuse();
-            if let Err(err) = attempt.runc.wait(UNDO).await {
-                log::debug!("the restore of {} has ended: {err}", container.id);
-            }
+            container.never_ran(&mut attempt, Some(&init)).await;
+            return;
         }
     }
     container.never_ran(&mut attempt, Some(&init)).await;
