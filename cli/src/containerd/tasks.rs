@@ -22,6 +22,9 @@ const CRIU_IMAGE_PATH: u8 = 10 << 3 | 2;
 /// How often a task is looked at that should end.
 const POLL: Duration = Duration::from_millis(50);
 
+/// How long containerd may take to clean up after a shim; it gives up after 5 s.
+const CLEANUP: Duration = Duration::from_secs(8);
+
 /// What a task is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum TaskStatus {
@@ -121,6 +124,9 @@ impl Containerd {
     pub(crate) async fn end_task(&self, id: &str, patience: Duration) -> Result<()> {
         let deadline = tokio::time::Instant::now() + patience;
         let killed = self.kill_task(id).await;
+        if killed.as_ref().is_err_and(is_cut_off) {
+            self.wait_until_cleaned_up(id).await;
+        }
         loop {
             let Err(error) = self.delete_task(id).await else {
                 return Ok(());
@@ -133,9 +139,24 @@ impl Containerd {
         }
     }
 
+    /// containerd cleans up after a shim that was killed, and forgets the task when that is done. A task
+    /// that is deleted meanwhile is forgotten at once, with its bundle still there for a while or for
+    /// ever, and no other task can have its name.
+    async fn wait_until_cleaned_up(&self, id: &str) {
+        let start = tokio::time::Instant::now();
+        while start.elapsed() < CLEANUP && matches!(self.task(id).await, Ok(Some(_)) | Err(_)) {
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
     fn tasks(&self) -> TasksClient<Channel> {
         TasksClient::new(self.channel()).max_decoding_message_size(MAX_MESSAGE)
     }
+}
+
+/// Whether containerd has lost the shim.
+fn is_cut_off(error: &Error) -> bool {
+    matches!(error, Error::Call { message, .. } if message.contains("ttrpc: closed"))
 }
 
 impl Destination {
