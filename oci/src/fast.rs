@@ -31,6 +31,8 @@ pub enum Fast {
     Cgroups,
     /// Memory is hidden from CRIU's dump.
     Hide,
+    /// File systems in memory are packed and unpacked before the freeze: see [`crate::tmpfs`].
+    Tmpfs,
     /// A small `tar` of our own for the file systems in memory.
     Tar,
     /// runc and CRIU run inside the container's network namespace where that has a path, so that
@@ -40,7 +42,7 @@ pub enum Fast {
 
 impl Fast {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::HeldDump,
         Self::HeldRestore,
         Self::Freezer,
@@ -51,6 +53,7 @@ impl Fast {
         Self::Awake,
         Self::Cgroups,
         Self::Hide,
+        Self::Tmpfs,
         Self::Tar,
         Self::Netns,
     ];
@@ -68,6 +71,7 @@ impl Fast {
             Self::Awake => "awake",
             Self::Cgroups => "cgroups",
             Self::Hide => "hide",
+            Self::Tmpfs => "tmpfs",
             Self::Tar => "tar",
             Self::Netns => "netns",
         }

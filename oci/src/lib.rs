@@ -19,6 +19,7 @@ pub mod quarantine;
 pub mod record;
 pub mod runc;
 pub mod sockets;
+pub mod tmpfs;
 
 /// Version of the Ferry service and of the wire protocol between driver and agent. Versioned apart
 /// from the product: it changes only when the two ends would misunderstand each other.

@@ -31,6 +31,12 @@ pub fn hide(migration: &str) -> PathBuf {
     Path::new(RUN).join("hide").join(migration)
 }
 
+/// Folder of the file systems in memory that wait here for the container of `migration`. Something is
+/// mounted on what is in it: never to be removed with its contents.
+pub fn tmpfs(migration: &str) -> PathBuf {
+    Path::new(RUN).join("tmpfs").join(migration)
+}
+
 /// Where the CPU quota of a container that is throttled is written down, by the pid of its init.
 pub fn quota_folder(init: u32) -> PathBuf {
     Path::new(RUN).join("quota").join(init.to_string())

@@ -108,7 +108,9 @@ fn crosses_by(ways: &[String]) -> Result<()> {
         for choice in choices.iter().filter(|c| way.contains(c["name"].as_str().unwrap_or("?"))) {
             ensure!(choice["off"].is_string(), "{choice} is on: {report}");
         }
-        for (fast, what) in [(Fast::Hide, "scans_hidden"), (Fast::Tar, "fast_tar_calls")] {
+        for (fast, what) in
+            [(Fast::Hide, "scans_hidden"), (Fast::Tmpfs, "tmpfs"), (Fast::Tar, "fast_tar_calls")]
+        {
             let off = way.contains(fast.name()) || way.contains(Fast::HeldDump.name());
             ensure!(!off || report["happened"][what] == 0, "{what} after {way}: {report}");
         }
@@ -190,7 +192,10 @@ fn no_fast_path_falls_back_silently() -> Result<()> {
         ("scans_hidden", true),
         ("smaps_given", true),
         ("smaps_real", false),
-        ("fast_tar_calls", true),
+        ("tmpfs", true),
+        ("tmpfs_again", false),
+        // All of them are left out.
+        ("fast_tar_calls", false),
         ("real_tar_calls", false),
         ("early_images", true),
     ] {
@@ -201,8 +206,10 @@ fn no_fast_path_falls_back_silently() -> Result<()> {
     ensure!(pages < 3 << 20 && pages < number(&report["resident"]), "{report}");
 
     wait_for_fill(scene.host("b"))?;
-    let plain = move_to(&scene, "redis", "a", "--no-fast hide")?;
-    ensure!(plain["happened"]["scans_hidden"] == 0, "{plain}");
+    let plain = move_to(&scene, "redis", "a", "--no-fast hide --no-fast tmpfs")?;
+    ensure!(plain["happened"]["scans_hidden"] == 0 && plain["happened"]["tmpfs"] == 0, "{plain}");
+    let tars = [&plain["happened"]["fast_tar_calls"], &happened["tmpfs"]].map(number);
+    ensure!(tars[0] == tars[1] && plain["happened"]["real_tar_calls"] == 0, "{plain}");
     ensure!(number(&plain["bytes"]["pages"]) > pages, "{plain}");
 
     wait_for_fill(scene.host("a"))?;

@@ -67,7 +67,12 @@ fn forget(migration: &str) -> Result<()> {
 /// When the kernel refuses.
 pub(crate) async fn clear(migration: &str) -> Result<()> {
     let migration = migration.to_owned();
-    blocking(move || quarantine::clear(&migration)).await
+    let mounts = migration.clone();
+    blocking(move || quarantine::clear(&migration)).await?;
+    // Those that a shim has left that was killed.
+    tokio::task::spawn_blocking(move || ferry_oci::tmpfs::clear(&mounts))
+        .await?
+        .context("take away the mounts of file systems in memory")
 }
 
 /// The kernel takes some milliseconds for a change of its rules.

@@ -43,8 +43,10 @@ fn why_not(fast: Fast, facts: &Facts<'_>) -> Option<String> {
         return Some("turned off by --no-fast".to_owned());
     }
     // They are given to a dump that is started early, or need what runc has written for it.
-    let held =
-        matches!(fast, Fast::HeldRestore | Fast::Log | Fast::Cgroups | Fast::Hide | Fast::Tar);
+    let held = matches!(
+        fast,
+        Fast::HeldRestore | Fast::Log | Fast::Cgroups | Fast::Hide | Fast::Tmpfs | Fast::Tar
+    );
     if held && facts.refused.contains(&Fast::HeldDump) {
         return Some(format!("needs {}", Fast::HeldDump.name()));
     }
@@ -57,7 +59,7 @@ fn why_not(fast: Fast, facts: &Facts<'_>) -> Option<String> {
     let missing =
         |what: &str| Some(format!("{what} is not installed on {}", facts.source.hostname));
     match fast {
-        Fast::HeldDump | Fast::HeldRestore | Fast::Freezer | Fast::Images => None,
+        Fast::HeldDump | Fast::HeldRestore | Fast::Freezer | Fast::Images | Fast::Tmpfs => None,
         Fast::Awake => {
             [facts.source, facts.destination].into_iter().find(|h| !h.awake).map(|host| {
                 format!(
@@ -151,7 +153,15 @@ mod tests {
         assert_eq!(names(&[Fast::HeldRestore]), [Fast::HeldRestore]);
         assert_eq!(
             names(&[Fast::HeldDump]),
-            [Fast::HeldDump, Fast::HeldRestore, Fast::Log, Fast::Cgroups, Fast::Hide, Fast::Tar]
+            [
+                Fast::HeldDump,
+                Fast::HeldRestore,
+                Fast::Log,
+                Fast::Cgroups,
+                Fast::Hide,
+                Fast::Tmpfs,
+                Fast::Tar
+            ]
         );
     }
 

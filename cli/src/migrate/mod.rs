@@ -215,7 +215,7 @@ async fn run_locked(options: Options, interrupt: Interrupt) -> Result<()> {
         // A reply that was lost is no decision that was not taken.
         && Record::read(&migration.id).ok().flatten().is_none()
         // Nor is a container lost that the destination has.
-        && !migration.commit_alone(&source, &frozen.epoch).await
+        && !migration.commit_alone(&source, &frozen).await
     {
         return Err(migration.rollback(failure, &source, link).await);
     }
@@ -356,9 +356,10 @@ impl Migration {
     }
 
     /// Decides in place of a shim that was killed and has taken the container with it.
-    async fn commit_alone(&self, source: &Source, epoch: &str) -> bool {
+    async fn commit_alone(&self, source: &Source, held: &Held) -> bool {
         let (to, ip) = (&self.options.to.0, self.options.ip);
-        source.commit_alone(to, ip, &self.device, epoch, &self.options.containerd).await
+        let address = &self.options.containerd;
+        source.commit_alone(to, ip, &self.device, &held.epoch, address, held.frozen_at).await
     }
 
     /// After the commit: release there, retire here. Whatever fails is settled with the

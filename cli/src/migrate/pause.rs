@@ -202,7 +202,7 @@ impl Migration {
                     source.thaw().await.map_err(again)?;
                     warnings.push(format!("tried again after {failure}"));
                     tokio::time::sleep(BETWEEN_DUMPS).await;
-                    source.hold_dump(&hold).await.map_err(again)?;
+                    source.hold_dump_again(link, &hold).await.map_err(again)?;
                 }
                 Err(failure) => return Err(failure),
             }
@@ -237,6 +237,8 @@ impl Migration {
         happened.shim_dump_us = dump.dump_us;
         happened.fast_tar_calls = dump.fast_tar_calls;
         happened.real_tar_calls = dump.real_tar_calls;
+        happened.tmpfs = dump.tmpfs;
+        happened.tmpfs_again = dump.tmpfs_again;
         happened.criu_lock = dump.criu_lock;
         happened.early_images = images.early;
         Ok(Held {

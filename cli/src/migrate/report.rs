@@ -64,6 +64,10 @@ pub(crate) struct Happened {
     pub(crate) fast_tar_calls: u64,
     /// Those that the real one had to.
     pub(crate) real_tar_calls: u64,
+    /// File systems in memory that the dump left out.
+    pub(crate) tmpfs: u64,
+    /// Those of them that had changed when it was frozen.
+    pub(crate) tmpfs_again: u64,
     /// Whether CRIU was told to lock the connections, besides the lock on the address.
     pub(crate) criu_lock: bool,
     /// Images that crossed while the dump still ran.

@@ -6,14 +6,15 @@
 //! brings it back.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use ferry_cli::phase::Phase;
 use ferry_oci::api::ferry::{CommitRequest, DumpResponse, FreezeRequest, PrepareDumpRequest};
 use ferry_oci::fast::Fast;
 use ferry_oci::layer::{self, Manifest, Pass};
 use ferry_oci::record::{Decision, Record};
-use ferry_oci::{cgroups, paths};
+use ferry_oci::{cgroups, paths, tmpfs};
 
 use crate::agent::cleanup;
 use crate::containerd::{ContainerRecord, Containerd, Image, ImageContent, WritableLayer};
@@ -31,6 +32,8 @@ const SLOWEST: u64 = 4 << 20;
 
 /// How long containerd may take to end what a shim has left that was killed.
 const ENDED: Duration = Duration::from_secs(10);
+/// How much later than the shim the driver may have begun to count the limit.
+const MARGIN: Duration = Duration::from_secs(1);
 
 /// What the two ends that wait for the freeze are started with.
 pub(super) struct Hold<'a> {
@@ -277,6 +280,24 @@ impl Source {
         Ok((PathBuf::from(prepared.images_path), prepared.early_files))
     }
 
+    /// The same after a dump that has failed. File systems in memory that were packed for it may have
+    /// changed while the container ran.
+    ///
+    /// # Errors
+    /// As [`Self::hold_dump`]; when the connection breaks.
+    pub(super) async fn hold_dump_again(&self, link: &mut Link, hold: &Hold<'_>) -> Result<()> {
+        let (dir, names) = self.hold_dump(hold).await?;
+        for name in names.into_iter().filter(|name| tmpfs::is_early_archive(name)) {
+            let path = dir.join(&name);
+            let size = std::fs::metadata(&path).context("read what the dump has written")?.len();
+            link.send_on(&Request::PutImages(vec![ImageFile { name, size }])).await?;
+            link.file(&path, size).await?;
+            link.end_stream().await?;
+            link.done(Phase::Hold.deadline()).await?;
+        }
+        Ok(())
+    }
+
     /// Freezes, and locks the connections on the moved address. Microseconds the freezer took.
     ///
     /// # Errors
@@ -334,8 +355,16 @@ impl Source {
         device: &str,
         epoch: &str,
         address: &ContainerdAddress,
+        frozen_at: Instant,
     ) -> bool {
-        if !self.is_gone(address).await || !self.has_ended().await {
+        if !self.is_gone(address).await {
+            return false;
+        }
+        // Later, it may have thawed by its limit before it was killed, and answered its clients.
+        if frozen_at.elapsed() + MARGIN > Duration::from_secs(self.limit_s().into()) {
+            return false;
+        }
+        if !self.has_ended().await {
             return false;
         }
         let (id, namespace) = (&self.record.id, &address.namespace);
@@ -349,7 +378,7 @@ impl Source {
 
     /// Waits until containerd has ended what a killed shim has left; false if it does not.
     async fn has_ended(&self) -> bool {
-        let start = std::time::Instant::now();
+        let start = Instant::now();
         while start.elapsed() < ENDED {
             if cgroups::has_ended(self.init_pid) {
                 return true;

@@ -5,6 +5,7 @@
 //! has a version of its own; a reader refuses versions that it does not know.
 
 use super::NetworkLock;
+use crate::tmpfs::Carried;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::path::Path;
@@ -12,8 +13,9 @@ use std::path::Path;
 /// The record's file in the images directory.
 pub const RECORD_FILE: &str = "ferry.json";
 /// Version of the record's format. Since 2 there is [`DumpOptions::in_netns`]; who does not know it
-/// would restore into the host's network.
-pub const RECORD_VERSION: u32 = 2;
+/// would restore into the host's network. Since 3 there is [`DumpOptions::tmpfs`], without which a
+/// restore fails.
+pub const RECORD_VERSION: u32 = 3;
 /// A record is small; anything larger is not one.
 const MAX_BYTES: u64 = 64 * 1024;
 
@@ -38,6 +40,8 @@ pub struct DumpOptions {
     /// runc and CRIU were in the container's network namespace, which is given by path: to CRIU it
     /// was the host's, and whoever restores must be in such a one too.
     pub in_netns: bool,
+    /// File systems that were left out, and are put in place by whoever restores.
+    pub tmpfs: Vec<Carried>,
 }
 
 impl Default for DumpOptions {
@@ -52,6 +56,7 @@ impl Default for DumpOptions {
             manage_cgroups: None,
             network_lock: NetworkLock::Default,
             in_netns: false,
+            tmpfs: Vec::new(),
         }
     }
 }
@@ -154,9 +159,9 @@ mod tests {
 
     #[test]
     fn a_newer_version_is_refused_by_number() {
-        let newer = br#"{"version":3,"options":"of another shape"}"#;
+        let newer = br#"{"version":4,"options":"of another shape"}"#;
         let err = DumpRecord::parse(newer).unwrap_err();
-        assert!(matches!(err, RecordError::Version(3)), "{err}");
+        assert!(matches!(err, RecordError::Version(4)), "{err}");
     }
 
     #[test]

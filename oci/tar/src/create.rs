@@ -18,9 +18,20 @@ const LARGE: usize = 8 << 20;
 /// Folders within folders; more is unusual.
 const DEEP: usize = 64;
 
-/// Writes an archive of `folder` to the output.
-pub(crate) fn run(folder: &OsStr) -> Result<(), Stop> {
-    let mut packed = &gzip::pack(&archive(folder)?)[..];
+/// An archive of `folder`.
+///
+/// # Errors
+/// [`Stop::Real`] when there is something unusual in it, or it cannot be read.
+pub fn pack(folder: &OsStr) -> Result<Vec<u8>, Stop> {
+    Ok(gzip::pack(&archive(folder)?))
+}
+
+/// Writes it to the output.
+///
+/// # Errors
+/// As [`pack`]; when it cannot be written.
+pub fn run(folder: &OsStr) -> Result<(), Stop> {
+    let mut packed = &pack(folder)?[..];
     let output = std::io::stdout();
     while !packed.is_empty() {
         match rustix::io::write(output.as_fd(), packed) {

@@ -18,14 +18,26 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 const LARGE: u64 = 64 << 20;
 
 /// Makes the tree in `folder` from the archive at the input.
-pub(crate) fn run(folder: &OsStr) -> Result<(), Stop> {
-    let data = input().and_then(|packed| gzip::unpack(&packed)).ok_or(Stop::Real)?;
+///
+/// # Errors
+/// As [`unpack`].
+pub fn run(folder: &OsStr) -> Result<(), Stop> {
+    rustix::process::umask(Mode::empty());
+    unpack(&input().ok_or(Stop::Real)?, folder)
+}
+
+/// Makes the tree of the archive `packed` in `folder`. The calling thread's umask must be empty.
+///
+/// # Errors
+/// [`Stop::Real`] when the archive is none of ours, or the folder is not empty; when something cannot be
+/// made.
+pub fn unpack(packed: &[u8], folder: &OsStr) -> Result<(), Stop> {
+    let data = gzip::unpack(packed).ok_or(Stop::Real)?;
     let items = parse(&data).ok_or(Stop::Real)?;
     // The real tar replaces what it finds. That is rare, CRIU's file systems are new.
     if !is_empty(folder).map_err(|_| Stop::Real)? {
         return Err(Stop::Real);
     }
-    rustix::process::umask(Mode::empty());
     let root = rustix::fs::open(folder, FOLDER, Mode::empty()).map_err(|_| Stop::Real)?;
     make(root, &items).map_err(|err| Stop::Failed("extract the archive", err.into()))
 }

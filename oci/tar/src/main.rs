@@ -15,32 +15,20 @@
 //! `cargo rustc -p ferry-tar --profile release --bin ferry-tar -- -C target-feature=+crt-static`.
 
 mod call;
-mod create;
-mod extract;
-mod gzip;
 mod real;
 #[cfg(test)]
 mod tests;
-mod ustar;
 
 use call::Call;
+use ferry_tar::{Stop, create, extract};
 use std::ffi::OsString;
 use std::process::ExitCode;
-
-/// Why the fast way ends.
-#[derive(Debug)]
-enum Stop {
-    /// Nothing has been changed: the real tar is to do it.
-    Real,
-    /// Too late for that.
-    Failed(&'static str, std::io::Error),
-}
 
 fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
     let done = match Call::read(&arguments) {
-        Some(Call::Create(folder)) => create::run(&folder),
-        Some(Call::Extract(folder)) => extract::run(&folder),
+        Some(Call::Create(folder)) => create(&folder),
+        Some(Call::Extract(folder)) => extract(&folder),
         None => Err(Stop::Real),
     };
     match done {

@@ -195,7 +195,7 @@ fn dump_options(options: CheckpointOptions) -> DumpOptions {
         // A table of CRIU's own can be told from others and removed; rules among those of the
         // host cannot.
         network_lock: NetworkLock::Nftables,
-        in_netns: false,
+        ..Default::default()
     }
 }
 

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use ferry_oci::criu::{
     CONFIG_ENV, Config, DUMP_GATE, FastTar, Gate, HIDE_ENV, RESTORE_GATE, TarCounts, Waiting,
 };
+use ferry_oci::tmpfs::Carried;
 use log::warn;
 use tokio::time::{sleep, timeout};
 
@@ -93,7 +94,7 @@ impl Container {
             tcp_established: params.options.tcp_established,
             network_lock: params.options.network_lock,
             action_script: None,
-            extra: params.extra.clone(),
+            extra: [params.extra.clone(), left_out(&params.options.tmpfs)].concat(),
         };
         let config = config.write(&params.work).context("write CRIU's configuration")?;
         let mut all = relay.env(extras.preload.as_deref());
@@ -162,6 +163,13 @@ impl PreparedDump {
         }
     }
 
+    /// Writes the record anew, with what is left out as it is now.
+    pub(crate) async fn amend(&mut self, carried: Vec<Carried>) -> Result<()> {
+        self.params.options.tmpfs = carried;
+        let criu = self.line.version().unwrap_or_default();
+        self.container.write_record(&self.params, criu).await
+    }
+
     /// How often the dump has called the fast tar, and the real one.
     pub(crate) fn tar_counts(&self) -> TarCounts {
         self.tar.as_ref().and_then(|tar| tar.counts().ok()).unwrap_or_default()
@@ -187,6 +195,12 @@ impl PreparedDump {
         self.waiting = None;
         self.line.go();
     }
+}
+
+/// Has CRIU leave these mounts to others.
+fn left_out(carried: &[Carried]) -> Vec<String> {
+    let line = |carried: &Carried| format!("external mnt[{}]:{}", carried.at, carried.key());
+    carried.iter().map(line).collect()
 }
 
 /// A restore that waits. Dropping it fails it.

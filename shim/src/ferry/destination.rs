@@ -1,15 +1,17 @@
 //! A container that arrives: restored, held, and either let run or ended.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ferry_oci::api::ferry::{Phase, ReleaseResponse, RestoreRequest, RestoreResponse};
 use ferry_oci::awake::Awake;
-use ferry_oci::criu::FastTar;
 use ferry_oci::criu::rpc::QUIET;
+use ferry_oci::criu::{DumpRecord, FastTar};
 use ferry_oci::fast::{self, Fast};
 use ferry_oci::paths;
 use ferry_oci::record::{Decision, Record};
+use ferry_oci::tmpfs::{Arriving, Carried};
 use log::warn;
 
 use super::lease::Lease;
@@ -38,6 +40,8 @@ pub(super) struct AtDestination {
     waiting: Option<PreparedRestore>,
     /// Until it is decided.
     held: Option<Held>,
+    /// What the dump has left out; CRIU has it once it holds the container.
+    tmpfs: Option<Arriving>,
     /// As long as its clients wait.
     awake: Option<Awake>,
 }
@@ -61,7 +65,8 @@ impl Move {
         let migration = &request.migration;
         let private = has_private_network(&container)?;
         std::fs::create_dir_all(paths::RECORDS).context("make the folder of records")?;
-        let params = restore_params(&container, request);
+        let tmpfs = arriving(migration).await?;
+        let params = restore_params(&container, request, &tmpfs);
         let decided = Some(paths::decided(migration));
         let fast = fast::parse(&request.fast);
         let tar = fast.contains(&Fast::Tar).then(FastTar::find).flatten();
@@ -82,6 +87,7 @@ impl Move {
             container,
             waiting: Some(waiting),
             held: None,
+            tmpfs: Some(tmpfs),
             awake: None,
         }));
         self.enter(Phase::PHASE_WAITING, migration);
@@ -103,14 +109,19 @@ impl Move {
         let start = Instant::now();
         let awake = fast::parse(&request.fast).contains(&Fast::Awake).then(awake).flatten();
         let migration = &request.migration;
-        let waiting = match side {
-            Side::Destination(destination) => destination.waiting.take(),
-            _ => None,
+        let (waiting, mut tmpfs) = match side {
+            Side::Destination(destination) => {
+                (destination.waiting.take(), destination.tmpfs.take())
+            }
+            _ => (None, None),
         };
         let held = match waiting {
             Some(waiting) => {
                 let inventory = paths::images(migration).join(paths::INVENTORY_FILE);
-                match std::fs::read(&inventory).context("read the inventory") {
+                let complete = complete(migration, &mut tmpfs).await;
+                match complete
+                    .and_then(|()| std::fs::read(&inventory).context("read the inventory"))
+                {
                     Ok(inventory) => waiting.restore(&inventory).await,
                     Err(error) => {
                         waiting.abandon().await;
@@ -124,8 +135,10 @@ impl Move {
                     decided: Some(paths::decided(migration)),
                 };
                 std::fs::create_dir_all(paths::RECORDS).context("make the folder of records")?;
+                let arriving = tmpfs.insert(arriving(migration).await?);
+                let params = restore_params(&container, request, arriving);
                 self.enter(Phase::PHASE_RESTORING, migration);
-                container.restore_held(restore_params(&container, request), hold).await
+                container.restore_held(params, hold).await
             }
         };
         let held = held.inspect_err(|_| self.enter(Phase::PHASE_FAILED, migration))?;
@@ -137,6 +150,7 @@ impl Move {
             container,
             waiting: None,
             held: Some(held),
+            tmpfs,
             awake,
         }));
         self.enter(Phase::PHASE_HELD, migration);
@@ -169,6 +183,10 @@ impl Move {
         self.enter(Phase::PHASE_RELEASING, &destination.migration);
         let released = held.release(RELEASE).await;
         destination.awake = None;
+        // Its clients wait for the answer.
+        if let Some(arriving) = destination.tmpfs.take() {
+            tokio::task::spawn_blocking(move || drop(arriving));
+        }
         match released {
             Ok(_) => {
                 self.enter(Phase::PHASE_RELEASED, &destination.migration);
@@ -196,15 +214,59 @@ impl Move {
             (None, None) => return,
         }
         destination.awake = None;
+        take_away(&mut destination.tmpfs).await;
         self.enter(Phase::PHASE_FAILED, &destination.migration);
     }
 }
 
-fn restore_params(container: &Container, request: &RestoreRequest) -> RestoreParams {
+/// The file systems that the dump has left out, in place for the restore.
+async fn arriving(migration: &str) -> Result<Arriving> {
+    let migration = migration.to_owned();
+    let prepared = tokio::task::spawn_blocking(move || {
+        let images = paths::images(&migration);
+        let carried = carried(&images)?;
+        Arriving::prepare(&migration, &carried, &images)
+            .context("make the container's file systems in memory")
+    });
+    prepared.await.context("make file systems in memory")?
+}
+
+/// Has them hold what they held in the freeze.
+async fn complete(migration: &str, tmpfs: &mut Option<Arriving>) -> Result<()> {
+    let Some(mut arriving) = tmpfs.take() else { return Ok(()) };
+    let images = paths::images(migration);
+    let carried = carried(&images)?;
+    let completed = tokio::task::spawn_blocking(move || {
+        let done = arriving.complete(&carried, &images);
+        (arriving, done)
+    });
+    let (arriving, done) = completed.await.context("fill file systems in memory")?;
+    *tmpfs = Some(arriving);
+    done.context("fill the container's file systems in memory")
+}
+
+/// Which those are.
+fn carried(images: &Path) -> Result<Vec<Carried>> {
+    let record = DumpRecord::read(images).context("read the images")?;
+    Ok(record.map(|record| record.options.tmpfs).unwrap_or_default())
+}
+
+/// The kernel takes milliseconds to take a mount away.
+async fn take_away(tmpfs: &mut Option<Arriving>) {
+    if let Some(arriving) = tmpfs.take() {
+        let _ = tokio::task::spawn_blocking(move || drop(arriving)).await;
+    }
+}
+
+fn restore_params(
+    container: &Container,
+    request: &RestoreRequest,
+    tmpfs: &Arriving,
+) -> RestoreParams {
     RestoreParams {
         images: paths::images(&request.migration),
         work: container.bundle().join(paths::RESTORE_WORK),
-        extra: Vec::new(),
+        extra: tmpfs.lines(),
         lazy_pages: request.lazy_pages,
         deadline: RESTORE,
     }

@@ -15,6 +15,7 @@ use ferry_oci::fast::{self, Fast};
 use ferry_oci::freezer::Freezer;
 use ferry_oci::quarantine::Prepared;
 use ferry_oci::record::Record;
+use ferry_oci::tmpfs::{self, Carried, Leaving};
 use ferry_oci::{announce, paths, sockets};
 use log::warn;
 
@@ -55,6 +56,8 @@ pub(super) struct AtSource {
     awake: Option<Awake>,
     /// A dump that waits, or is held at its end.
     dump: Option<PreparedDump>,
+    /// What that dump leaves out.
+    tmpfs: Option<Leaving>,
     /// Written down: the destination shall run it.
     committed: bool,
     /// Keeps the Task API out; gone when the tasks have ended.
@@ -86,6 +89,10 @@ impl AtSource {
         }
     }
 
+    fn carried(&self) -> Vec<Carried> {
+        self.tmpfs.iter().flat_map(Leaving::carried).collect()
+    }
+
     fn work(&self) -> PathBuf {
         self.container.bundle().join("ferry-dump")
     }
@@ -102,6 +109,7 @@ impl AtSource {
         if let Some(dump) = self.dump.take() {
             dump.finish().await;
         }
+        self.tmpfs = None;
         let _ = std::fs::remove_dir_all(self.work());
         let _ = std::fs::remove_dir_all(paths::hide(&self.migration));
     }
@@ -120,6 +128,7 @@ impl Move {
         let away = Away { addresses: &request.lock_addresses, device: &request.device };
         let mut source =
             self.begin(container, &request.migration, lease, request.limit_s, fast, &away).await?;
+        source.tmpfs = pack_tmpfs(&source).await;
         let params = dump_params(&source);
         let images = params.images.clone();
         let prepared = match extras(request, &source.fast) {
@@ -138,8 +147,10 @@ impl Move {
                 return Err(error);
             }
         }
-        let early_files = EARLY_FILES.into_iter().filter(|name| images.join(name).is_file());
-        let early_files = early_files.map(str::to_owned).collect();
+        let archives = source.carried().len();
+        let names = EARLY_FILES.into_iter().map(str::to_owned);
+        let names = names.chain((0..archives).map(tmpfs::early_archive));
+        let early_files = names.filter(|name| images.join(name).is_file()).collect();
         let (alive, limit) = (source.lease.is_alive(), limit_of(request.limit_s));
         *side = Side::Source(Box::new(source));
         self.enter(Phase::PHASE_PREPARED, &request.migration);
@@ -192,6 +203,7 @@ impl Move {
             fast,
             awake: None,
             dump: None,
+            tmpfs: None,
             committed: false,
             reservation: None,
             deadline: Instant::now() + limit_of(limit_s),
@@ -266,9 +278,17 @@ impl Move {
         let source = at_source(side)?;
         let start = Instant::now();
         let images = source.images();
+        let tmpfs = source.carried().len() as u64;
+        let mut tmpfs_again = 0;
         match &mut source.dump {
             Some(dump) => {
-                dump.dump().await?;
+                let (dumped, packed) = tokio::join!(dump.dump(), pack_changed(&mut source.tmpfs));
+                dumped?;
+                tmpfs_again = packed?;
+                if tmpfs_again > 0 {
+                    let carried = source.tmpfs.iter().flat_map(Leaving::carried).collect();
+                    dump.amend(carried).await?;
+                }
                 // CRIU thaws once it holds every task by ptrace, and freezes again at its end, which
                 // comes later here: the tasks must stand still even if it is killed.
                 freeze(source).await.context("freeze again")?;
@@ -291,6 +311,8 @@ impl Move {
             fast_tar_calls: tar.fast,
             real_tar_calls: tar.real,
             dump_us: micros(start),
+            tmpfs,
+            tmpfs_again,
             criu_lock: source.network_lock() != NetworkLock::Skip,
             images_path: images.display().to_string(),
             ..Default::default()
@@ -449,6 +471,39 @@ async fn prepare_lock(migration: &str, addresses: &[IpAddr]) -> Result<Option<Pr
     Ok(Some(made.context("prepare the lock")?.context("prepare the connection lock")?))
 }
 
+/// Packs the file systems in memory that the dump is to leave out. None is no error: the dump has them
+/// then.
+async fn pack_tmpfs(source: &AtSource) -> Option<Leaving> {
+    if !source.takes(Fast::Tmpfs) {
+        return None;
+    }
+    let (images, init) = (source.images(), source.container.snapshot().pid.cast_signed());
+    let packed = tokio::task::spawn_blocking(move || {
+        std::fs::create_dir_all(&images)?;
+        let all = ferry_oci::cgroups::processes(init.cast_unsigned())?;
+        Leaving::prepare(init, &all, &images)
+    });
+    match packed.await {
+        Ok(Ok(leaving)) => Some(leaving),
+        failed => {
+            warn!("pack the file systems in memory: {failed:?}");
+            None
+        }
+    }
+}
+
+/// Looks at them in the freeze, beside the dump. How many had changed.
+async fn pack_changed(tmpfs: &mut Option<Leaving>) -> Result<u64> {
+    let Some(mut leaving) = tmpfs.take() else { return Ok(0) };
+    let looked = tokio::task::spawn_blocking(move || {
+        let changed = leaving.pack_changed();
+        (leaving, changed)
+    });
+    let (leaving, changed) = looked.await.context("look at the file systems in memory")?;
+    *tmpfs = Some(leaving);
+    Ok(changed.context("pack a file system in memory that has changed")? as u64)
+}
+
 /// What CRIU is given for its dump.
 fn extras(request: &PrepareDumpRequest, fast: &[Fast]) -> Result<Extras> {
     let tar = fast.contains(&Fast::Tar).then(FastTar::find).flatten();
@@ -493,6 +548,7 @@ fn dump_params(source: &AtSource) -> CheckpointParams {
             network_lock: source.network_lock(),
             manage_cgroups: ignore,
             in_netns: source.given_netns && source.takes(Fast::Netns),
+            tmpfs: source.carried(),
             ..Default::default()
         },
         extra: vec![format!("timeout {SEIZE_S}")],

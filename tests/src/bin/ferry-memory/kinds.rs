@@ -14,6 +14,8 @@ const HUGE: usize = 512;
 
 /// Most pages of [`Kind::Changing`].
 pub(crate) const MOST_CHANGING: usize = 64;
+/// Pages of [`Kind::TmpfsFile`]: ferry carries what is small.
+const MOST_IN_TMPFS: usize = 16;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Kind {
@@ -36,6 +38,8 @@ pub(crate) enum Kind {
     Shared,
     /// A file that is only memory, shared with children.
     MemoryFile,
+    /// A file in a file system in memory, shared with children.
+    TmpfsFile,
     /// Some pages are guards.
     Guarded,
     /// Huge pages where the kernel has them at hand.
@@ -52,7 +56,7 @@ pub(crate) enum Kind {
 
 impl Kind {
     /// All that [`make`] makes.
-    pub(crate) const ALL: [Self; 15] = [
+    pub(crate) const ALL: [Self; 16] = [
         Self::Dense,
         Self::Sparse,
         Self::ReadOnly,
@@ -63,6 +67,7 @@ impl Kind {
         Self::HugeTlb,
         Self::Shared,
         Self::MemoryFile,
+        Self::TmpfsFile,
         Self::Guarded,
         Self::HugePages,
         Self::NotForked,
@@ -76,7 +81,7 @@ impl Kind {
     }
 
     pub(crate) fn is_shared(self) -> bool {
-        matches!(self, Self::Shared | Self::MemoryFile)
+        matches!(self, Self::Shared | Self::MemoryFile | Self::TmpfsFile)
     }
 
     /// Whether children have it. Copies of pages from the pool could find it empty.
@@ -112,6 +117,7 @@ pub(crate) fn make(kind: Kind, id: u32, pages: usize) -> io::Result<Area> {
         Kind::HugeTlb => HUGE,
         Kind::HugePages => pages.next_multiple_of(HUGE) + HUGE,
         Kind::Changing => pages.min(MOST_CHANGING),
+        Kind::TmpfsFile => pages.min(MOST_IN_TMPFS),
         _ => pages,
     };
     let whole = 0..pages;
@@ -142,6 +148,13 @@ pub(crate) fn make(kind: Kind, id: u32, pages: usize) -> io::Result<Area> {
         Kind::Shared => Memory::map(pages, sys::READ_WRITE, sys::SHARED | sys::ANONYMOUS, -1)?,
         Kind::MemoryFile => {
             let file = sys::memory_file()?;
+            file.set_len((pages * PAGE) as u64)?;
+            Memory::map(pages, sys::READ_WRITE, sys::SHARED, file.as_raw_fd())?
+        }
+        Kind::TmpfsFile => {
+            let mut file = File::options();
+            let file = file.read(true).write(true).create(true).truncate(true);
+            let file = file.open(format!("/dev/shm/ferry-memory-{}", std::process::id()))?;
             file.set_len((pages * PAGE) as u64)?;
             Memory::map(pages, sys::READ_WRITE, sys::SHARED, file.as_raw_fd())?
         }
