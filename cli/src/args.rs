@@ -170,6 +170,11 @@ impl Args {
         }
     }
 
+    /// Whether a container is to be moved.
+    pub(crate) fn moves(&self) -> bool {
+        matches!(self.command, Command::Migrate { .. })
+    }
+
     /// Does what was asked.
     ///
     /// # Errors

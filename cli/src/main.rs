@@ -31,6 +31,12 @@ fn main() -> ExitCode {
             }
         };
     }
+    // The container that is moved, and CRIU, shall not wait for this process.
+    if args.moves()
+        && let Err(error) = ferry_oci::turns::long()
+    {
+        log::debug!("take long turns: {error}");
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

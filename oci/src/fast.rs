@@ -23,6 +23,10 @@ pub enum Fast {
     Queue,
     /// Images of memory cross while the dump still runs.
     Images,
+    /// They cross as what has changed since their pages were read: see [`crate::pages::patch`].
+    Patch,
+    /// Programs and libraries that are read in the pause are read ahead: see [`crate::warm`].
+    Warm,
     /// CRIU logs errors and warnings, and not every step.
     Log,
     /// Idle processors do not sleep in the pause.
@@ -42,13 +46,15 @@ pub enum Fast {
 
 impl Fast {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::HeldDump,
         Self::HeldRestore,
         Self::Freezer,
         Self::Lock,
         Self::Queue,
         Self::Images,
+        Self::Patch,
+        Self::Warm,
         Self::Log,
         Self::Awake,
         Self::Cgroups,
@@ -67,6 +73,8 @@ impl Fast {
             Self::Lock => "lock",
             Self::Queue => "queue",
             Self::Images => "images",
+            Self::Patch => "patch",
+            Self::Warm => "warm",
             Self::Log => "log",
             Self::Awake => "awake",
             Self::Cgroups => "cgroups",

@@ -20,7 +20,9 @@ pub mod record;
 pub mod runc;
 pub mod sockets;
 pub mod tmpfs;
+pub mod turns;
+pub mod warm;
 
 /// Version of the Ferry service and of the wire protocol between driver and agent. Versioned apart
 /// from the product: it changes only when the two ends would misunderstand each other.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;

@@ -193,6 +193,7 @@ fn no_fast_path_falls_back_silently() -> Result<()> {
         ("smaps_given", true),
         ("smaps_real", false),
         ("tmpfs", true),
+        ("patched_bytes", true),
         ("tmpfs_again", false),
         // All of them are left out.
         ("fast_tar_calls", false),

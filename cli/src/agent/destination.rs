@@ -17,8 +17,9 @@ use anyhow::{Context, Result, bail, ensure};
 use ferry_oci::announce::Announcement;
 use ferry_oci::criu::RESTORE_GATE;
 use ferry_oci::fast::Fast;
+use ferry_oci::pages::patch;
 use ferry_oci::quarantine::How;
-use ferry_oci::{layer, paths};
+use ferry_oci::{layer, paths, warm};
 
 use super::cleanup;
 use super::incoming::Incoming;
@@ -119,8 +120,8 @@ impl Destination {
             Request::OpenPages => return self.open_pages(),
             Request::Pages => self.put_pages(input).await?,
             Request::PutImages(files) => self.put_images(input, &files).await?,
-            Request::PrepareRestore { files, fast, lazy } => {
-                self.prepare_restore(input, &files, &fast, lazy).await?;
+            Request::PrepareRestore { files, fast, lazy, code } => {
+                self.prepare_restore(input, &files, &fast, lazy, code).await?;
             }
             Request::Restore(files) => return self.restore(input, &files).await,
             Request::Commit => return self.commit().await,
@@ -217,8 +218,12 @@ impl Destination {
         files: &[ImageFile],
         fast: &[Fast],
         lazy: bool,
+        code: Vec<String>,
     ) -> Result<()> {
         self.put_images(input, files).await?;
+        let root = self.bundle().join("rootfs");
+        // The kernel goes on reading while the rest is prepared.
+        tokio::task::spawn_blocking(move || warm::files(&root, &code));
         let shim = self.shim.as_ref().context("there is no task to restore")?;
         if lazy {
             let memory = self.memory.as_ref().context("no page store is open")?;
@@ -273,7 +278,7 @@ impl Destination {
                 .mode(0o600)
                 .open(&path)
                 .with_context(|| format!("create {}", path.display()))?;
-            let mut missing = file.size;
+            let (mut missing, mut patch) = (file.size, Vec::new());
             while missing > 0 {
                 if left.is_empty() {
                     left = input.chunk().await?.context("the images are incomplete")?;
@@ -281,9 +286,19 @@ impl Destination {
                 let take = left.len().min(usize::try_from(missing).unwrap_or(usize::MAX));
                 let rest = left.split_off(take);
                 // Into memory: quicker here than on another thread.
-                opened.write_all(&left).with_context(|| format!("write {}", path.display()))?;
+                match file.patch {
+                    true => patch.extend(left),
+                    false => opened
+                        .write_all(&left)
+                        .with_context(|| format!("write {}", path.display()))?,
+                }
                 left = rest;
                 missing -= take as u64;
+            }
+            if file.patch {
+                let known = fs::read(dir.join(paths::KNOWN_FILE)).context("read known pages")?;
+                patch::apply(&known, &patch, &mut opened)
+                    .with_context(|| format!("write {}", path.display()))?;
             }
         }
         ensure!(left.is_empty(), "the images are longer than announced");

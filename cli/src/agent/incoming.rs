@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use tokio::io::{BufReader, Stdin};
+use tokio::io::BufReader;
 use tokio::sync::mpsc;
 
+use crate::transport::Output;
 use crate::wire::codec::{self, Frame};
 use crate::wire::messages::Request;
 
@@ -15,13 +16,13 @@ const SILENCE: Duration = Duration::from_secs(900);
 
 /// The agent's input.
 pub(super) struct Incoming {
-    from: BufReader<Stdin>,
+    from: BufReader<Output>,
     /// A stream was announced and has not ended.
     streaming: bool,
 }
 
 impl Incoming {
-    pub(super) fn new(from: BufReader<Stdin>) -> Self {
+    pub(super) fn new(from: BufReader<Output>) -> Self {
         Self { from, streaming: false }
     }
 

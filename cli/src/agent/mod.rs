@@ -19,6 +19,7 @@ use tokio::io::{AsyncWriteExt, BufReader, BufWriter};
 use crate::containerd::Containerd;
 use crate::describe::host::HostFacts;
 use crate::describe::room::RoomFacts;
+use crate::transport::{Input, own};
 use crate::wire::codec::{self, Frame, MAX_DATA};
 use crate::wire::messages::{ContainerdAddress, Reply, Request};
 use destination::Destination;
@@ -43,8 +44,8 @@ struct Agent {
 /// undone then.
 pub(crate) async fn serve() -> Result<()> {
     notice_lost_driver();
-    let mut input = Incoming::new(BufReader::with_capacity(1 << 20, tokio::io::stdin()));
-    let mut output = BufWriter::new(tokio::io::stdout());
+    let mut input = Incoming::new(BufReader::with_capacity(1 << 16, own::input()));
+    let mut output = BufWriter::new(own::output());
     let mut agent: Option<Agent> = None;
     let result = converse(&mut input, &mut output, &mut agent).await;
     if let Some(migration) = agent.and_then(|a| a.migration) {
@@ -72,7 +73,7 @@ fn notice_lost_driver() {
 
 async fn converse(
     input: &mut Incoming,
-    output: &mut BufWriter<tokio::io::Stdout>,
+    output: &mut BufWriter<Input>,
     agent: &mut Option<Agent>,
 ) -> Result<()> {
     while let Some(request) = input.request().await? {

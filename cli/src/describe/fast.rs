@@ -59,7 +59,12 @@ fn why_not(fast: Fast, facts: &Facts<'_>) -> Option<String> {
     let missing =
         |what: &str| Some(format!("{what} is not installed on {}", facts.source.hostname));
     match fast {
-        Fast::HeldDump | Fast::HeldRestore | Fast::Freezer | Fast::Images | Fast::Tmpfs => None,
+        Fast::HeldDump
+        | Fast::HeldRestore
+        | Fast::Freezer
+        | Fast::Images
+        | Fast::Warm
+        | Fast::Tmpfs => None,
         Fast::Awake => {
             [facts.source, facts.destination].into_iter().find(|h| !h.awake).map(|host| {
                 format!(
@@ -73,13 +78,13 @@ fn why_not(fast: Fast, facts: &Facts<'_>) -> Option<String> {
         }
         Fast::Queue => (!facts.moves_address).then(|| "no address moves".to_owned()),
         Fast::Cgroups => cgroups(facts),
-        Fast::Hide if !facts.copies_memory => {
+        Fast::Hide | Fast::Patch if !facts.copies_memory => {
             Some("memory crosses in the pause, by the dump".to_owned())
         }
         Fast::Hide if !facts.source.hide_library => missing("libferry_hide.so"),
         // Of the destination's it is enough to know that the real one is there.
         Fast::Tar if !facts.source.fast_tar => missing("ferry-tar"),
-        Fast::Hide | Fast::Tar => None,
+        Fast::Hide | Fast::Patch | Fast::Tar => None,
         Fast::Netns => match facts.container.network {
             // There it is anyhow.
             Network::Host | Network::Path { .. } => None,
@@ -140,7 +145,7 @@ mod tests {
         let without = Facts { copies_memory: false, moves_address: false, ..facts };
         let off = choose(&without).into_iter().filter(|choice| choice.off.is_some());
         let off: Vec<_> = off.map(|choice| choice.name).collect();
-        assert_eq!(off, [Fast::Lock, Fast::Queue, Fast::Log, Fast::Hide]);
+        assert_eq!(off, [Fast::Lock, Fast::Queue, Fast::Patch, Fast::Log, Fast::Hide]);
     }
 
     #[test]

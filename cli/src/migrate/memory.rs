@@ -16,6 +16,7 @@ use ferry_oci::cgroups;
 use ferry_oci::cpu_quota::CpuQuota;
 use ferry_oci::criu::{HiddenRange, HiddenTask, HideError, Hiding, Orders, StoredSmaps};
 use ferry_oci::pages::areas::Layout;
+use ferry_oci::pages::patch::Known;
 use ferry_oci::pages::rounds::{Diverging, OnDiverge, Policy, Round, Rounds, Throttle, Verdict};
 use ferry_oci::pages::stream::{
     Change, Compression, HashReader, Options, Processes, RoundStats, Sender,
@@ -252,6 +253,19 @@ impl Memory {
         // One that has ended meanwhile is left out.
         self.fresh = pids.filter_map(|pid| Some((pid, Layout::read(pid).ok()?))).collect();
         Ok(())
+    }
+
+    /// Reads the pages that CRIU will carry, as they are now.
+    pub(super) fn known(&mut self) -> Result<Known> {
+        self.read_areas()?;
+        let mut known = Known::default();
+        for (pid, layout) in &self.fresh {
+            // One that has ended meanwhile is left out.
+            if let Err(error) = known.gather(*pid, &layout.areas) {
+                log::debug!("read pages of process {pid}: {error}");
+            }
+        }
+        Ok(known)
     }
 
     /// Whether the orders still hold, in the freeze. If not, they wait for the last round.

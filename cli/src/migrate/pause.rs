@@ -4,6 +4,7 @@
 //! is what its clients wait for. Between the freeze and the restore every step sends its order and
 //! goes on; the answers are collected at the end.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -11,6 +12,7 @@ use ferry_cli::phase::Phase;
 use ferry_oci::api::ferry::DumpResponse;
 use ferry_oci::fast::Fast;
 use ferry_oci::layer::Pass;
+use ferry_oci::pages::patch::Known;
 use tokio::sync::watch;
 
 use super::failure::Failure;
@@ -23,7 +25,7 @@ use super::{Migration, Mode};
 use crate::containerd::Stdio;
 use crate::network::address;
 use crate::transport::link::{Link, unexpected};
-use crate::wire::messages::{ImageSpec, NewContainer, Reply, Request};
+use crate::wire::messages::{ImageFile, ImageSpec, NewContainer, Reply, Request};
 
 /// How often the container is frozen and dumped before a migration is given up.
 const DUMPS: usize = 3;
@@ -38,6 +40,8 @@ pub(super) struct Ready {
     /// Of the destination.
     epoch: String,
     memory: Option<Memory>,
+    /// Pages that the destination has besides.
+    known: Arc<Known>,
     happened: Happened,
     warnings: Vec<String>,
 }
@@ -143,7 +147,7 @@ impl Migration {
             .await?;
 
         let hold = Hold { fast, lazy: memory.is_some(), ip: options.ip, device: &self.device };
-        timeline
+        let known = timeline
             .run(Phase::Hold, async {
                 source.hold(link, &hold, Phase::Hold.deadline()).await?;
                 // The shim has made the folder, and removes it whatever becomes of this process.
@@ -153,10 +157,13 @@ impl Migration {
                 {
                     memory.hide(&ferry_oci::paths::hide(id), &library)?;
                 }
-                Ok(())
+                match &mut memory {
+                    Some(memory) if fast.contains(&Fast::Patch) => put_known(memory, link).await,
+                    _ => Ok(Known::default()),
+                }
             })
             .await?;
-        Ok(Ready { stdout, epoch, memory, happened, warnings })
+        Ok(Ready { stdout, epoch, memory, known: Arc::new(known), happened, warnings })
     }
 
     /// From the last look at the running container until the destination holds it.
@@ -167,12 +174,13 @@ impl Migration {
         link: &mut Link,
     ) -> Result<Held, Failure> {
         let Self { options, timeline, bytes, fast, .. } = self;
-        let Ready { stdout, epoch, mut memory, mut happened, mut warnings } = ready;
+        let Ready { stdout, epoch, mut memory, known, mut happened, mut warnings } = ready;
         let hold = Hold { fast, lazy: memory.is_some(), ip: options.ip, device: &self.device };
         let mut tries = 1;
         let (frozen_at, freeze_us, (dump, mut images, mut answers)) = loop {
             let early = fast.contains(&Fast::Images);
-            let images = Images::new(ferry_oci::paths::images(&self.id), early);
+            let images = ferry_oci::paths::images(&self.id);
+            let images = Images::new(images, early, known.clone());
             let freeze_us = timeline
                 .run(Phase::Freeze, async {
                     // Files that have changed since the first time: little is left for the freeze.
@@ -241,6 +249,7 @@ impl Migration {
         happened.tmpfs_again = dump.tmpfs_again;
         happened.criu_lock = dump.criu_lock;
         happened.early_images = images.early;
+        (happened.patched_bytes, happened.patch_bytes) = images.patched;
         Ok(Held {
             frozen_at,
             freeze_us,
@@ -273,6 +282,20 @@ async fn precopy(
     let warning =
         diverges.map(|why| format!("its memory changes faster than it can be copied ({why:?})"));
     Ok((memory, reused, warning))
+}
+
+/// Reads pages that CRIU will carry, and sends them.
+async fn put_known(memory: &mut Memory, link: &mut Link) -> Result<Known> {
+    let known = memory.known()?;
+    let bytes = known.bytes();
+    if !bytes.is_empty() {
+        let file = ImageFile::whole(ferry_oci::paths::KNOWN_FILE, bytes.len() as u64);
+        link.send_on(&Request::PutImages(vec![file])).await?;
+        link.piece(bytes).await?;
+        link.end_stream().await?;
+        link.done(Phase::Hold.deadline()).await?;
+    }
+    Ok(known)
 }
 
 /// Dumps, and sends beside it the last of the memory and the images that are complete early. How many

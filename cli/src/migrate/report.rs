@@ -72,6 +72,10 @@ pub(crate) struct Happened {
     pub(crate) criu_lock: bool,
     /// Images that crossed while the dump still ran.
     pub(crate) early_images: usize,
+    /// Bytes of images of memory that crossed as patches, and how long those were.
+    pub(crate) patched_bytes: u64,
+    /// See there.
+    pub(crate) patch_bytes: u64,
     /// Whether packets for the address waited at the destination; if not they were dropped.
     pub(crate) packets_queued: bool,
     /// How many had waited.

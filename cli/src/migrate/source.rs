@@ -14,7 +14,7 @@ use ferry_oci::api::ferry::{CommitRequest, DumpResponse, FreezeRequest, PrepareD
 use ferry_oci::fast::Fast;
 use ferry_oci::layer::{self, Manifest, Pass};
 use ferry_oci::record::{Decision, Record};
-use ferry_oci::{cgroups, paths, tmpfs};
+use ferry_oci::{cgroups, paths, tmpfs, warm};
 
 use crate::agent::cleanup;
 use crate::containerd::{ContainerRecord, Containerd, Image, ImageContent, WritableLayer};
@@ -242,16 +242,29 @@ impl Source {
         }
         let files = names.into_iter().map(|name| {
             let size = std::fs::metadata(dir.join(&name))?.len();
-            anyhow::Ok(ImageFile { name, size })
+            anyhow::Ok(ImageFile::whole(name, size))
         });
         let files = files.collect::<Result<Vec<_>>>().context("read what the dump has written")?;
-        let fast = hold.fast.to_vec();
-        link.send(&Request::PrepareRestore { files: files.clone(), fast, lazy: hold.lazy }).await?;
+        let (fast, code) = (hold.fast.to_vec(), self.read_ahead(hold).await?);
+        let prepare = Request::PrepareRestore { files: files.clone(), fast, lazy: hold.lazy, code };
+        link.send(&prepare).await?;
         for file in &files {
             link.file(&dir.join(&file.name), file.size).await?;
         }
         link.end_stream().await?;
         link.done(patience).await
+    }
+
+    /// Has the kernel read what CRIU will look into here, if that fast path is taken. Paths of that.
+    async fn read_ahead(&self, hold: &Hold<'_>) -> Result<Vec<String>> {
+        if !hold.fast.contains(&Fast::Warm) {
+            return Ok(Vec::new());
+        }
+        let init = self.init_pid;
+        let read = tokio::task::spawn_blocking(move || {
+            std::io::Result::Ok(warm::processes(cgroups::processes(init)?))
+        });
+        read.await?.context("look for the container's programs")
     }
 
     /// Starts a dump that waits for the freeze, if that fast path is taken. Folder and names of the
@@ -290,7 +303,7 @@ impl Source {
         for name in names.into_iter().filter(|name| tmpfs::is_early_archive(name)) {
             let path = dir.join(&name);
             let size = std::fs::metadata(&path).context("read what the dump has written")?.len();
-            link.send_on(&Request::PutImages(vec![ImageFile { name, size }])).await?;
+            link.send_on(&Request::PutImages(vec![ImageFile::whole(name, size)])).await?;
             link.file(&path, size).await?;
             link.end_stream().await?;
             link.done(Phase::Hold.deadline()).await?;

@@ -1,13 +1,13 @@
 //! The protocol on the driver's side: one request at a time, each with a deadline.
 
-use std::io;
+use std::io::{self, Read};
 use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use ferry_oci::sockets;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, BufWriter};
+use tokio::io::{AsyncWriteExt, BufReader, BufWriter};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
@@ -150,21 +150,18 @@ impl Link {
         Ok(total)
     }
 
-    /// Sends one file as part of a stream that is still open.
+    /// Sends one file of the images as part of a stream that is still open.
     ///
     /// # Errors
     /// When the file is not `size` bytes long or the connection breaks.
     pub(crate) async fn file(&mut self, path: &Path, size: u64) -> Result<()> {
-        let mut file = tokio::fs::File::open(path)
-            .await
-            .with_context(|| format!("open {}", path.display()))?
-            .take(size);
+        // It lies in memory: quicker here than on another thread.
+        let mut file =
+            std::fs::File::open(path).with_context(|| format!("open {}", path.display()))?;
         let mut left = size;
         while left > 0 {
             let mut piece = vec![0; left.min(u64::from(MAX_DATA)) as usize];
-            file.read_exact(&mut piece)
-                .await
-                .with_context(|| format!("read {}", path.display()))?;
+            file.read_exact(&mut piece).with_context(|| format!("read {}", path.display()))?;
             left -= piece.len() as u64;
             self.frame(Frame::Data(piece)).await?;
         }

@@ -8,6 +8,7 @@
 //! protocol on it. When the stream ends, so does the agent at its other end.
 
 pub(crate) mod link;
+pub(crate) mod own;
 pub(crate) mod ssh;
 pub(crate) mod unix;
 

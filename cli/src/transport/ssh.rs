@@ -1,5 +1,6 @@
 //! An agent behind the system's ssh.
 
+use std::os::fd::AsFd;
 use std::process::Stdio;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex};
@@ -105,6 +106,7 @@ impl Session {
             .spawn()
             .context("start ssh: is openssh-client installed?")?;
         let input = child.stdin.take().context("ssh has no input")?;
+        super::own::widen(input.as_fd());
         let output = child.stdout.take().context("ssh has no output")?;
         let mut errors = child.stderr.take().context("ssh has no error output")?;
         let printed = Arc::new(Mutex::new(String::new()));

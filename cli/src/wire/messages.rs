@@ -71,6 +71,8 @@ pub(crate) enum Request {
         fast: Vec<Fast>,
         /// Memory is served from the page store.
         lazy: bool,
+        /// Files of the container that will be read in the pause.
+        code: Vec<String>,
     },
     /// Restores and holds. The images that are left follow as one stream, file after file.
     Restore(Vec<ImageFile>),
@@ -139,8 +141,17 @@ pub(crate) struct NewContainer {
 pub(crate) struct ImageFile {
     /// Plain name.
     pub(crate) name: String,
-    /// Length in bytes.
+    /// How much of it is sent, bytes.
     pub(crate) size: u64,
+    /// What is sent is a patch of pages that are known: [`ferry_oci::pages::patch`].
+    pub(crate) patch: bool,
+}
+
+impl ImageFile {
+    /// A file that is sent as it is.
+    pub(crate) fn whole(name: impl Into<String>, size: u64) -> Self {
+        Self { name: name.into(), size, patch: false }
+    }
 }
 
 /// What the agent answers.

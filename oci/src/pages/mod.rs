@@ -13,6 +13,7 @@
 pub mod areas;
 pub mod daemon;
 pub mod inject;
+pub mod patch;
 pub mod reader;
 pub mod rounds;
 pub mod scan;

@@ -21,6 +21,7 @@ use super::PAGE;
 const WPALLOWED: u64 = 1;
 /// Not write-protected.
 const WRITTEN: u64 = 1 << 1;
+const FILE: u64 = 1 << 2;
 const PRESENT: u64 = 1 << 3;
 const SWAPPED: u64 = 1 << 4;
 /// Maps the zero page.
@@ -128,6 +129,22 @@ impl Pagemap {
             let written = raw.categories & (WRITTEN | WPALLOWED) != WPALLOWED;
             regions.push(Region { range: raw.start..raw.end, written });
         })
+    }
+
+    /// Adds to `ranges` every page of `range` that belongs to no file: of a private mapping, those that
+    /// were changed.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn own(&self, range: Range<u64>, ranges: &mut Vec<Range<u64>>) -> io::Result<()> {
+        let mut arg = ScanArg {
+            category_inverted: PFNZERO | FILE,
+            category_mask: PFNZERO | FILE,
+            category_anyof_mask: PRESENT | SWAPPED,
+            return_mask: PRESENT,
+            ..ScanArg::default()
+        };
+        self.scan(range, &mut arg, |raw| ranges.push(raw.start..raw.end))
     }
 
     /// Adds to `ranges` what is not write-protected in `range`: pages that were written, and pages

@@ -57,6 +57,8 @@ pub(crate) struct Extras {
     pub(crate) tar: Option<PathBuf>,
     /// How much CRIU logs, if not all.
     pub(crate) log_level: Option<u8>,
+    /// CRIU's code is read ahead.
+    pub(crate) warm: bool,
 }
 
 type Env = Vec<(&'static str, PathBuf)>;
@@ -114,6 +116,9 @@ impl Container {
                 return Err(self.dump_failed(err, &params.work).await);
             }
         };
+        if extras.warm {
+            line.read_ahead();
+        }
         self.write_record(&params, line.version().unwrap_or_default()).await?;
         let (container, waiting) = (self.clone(), Some(waiting));
         let tar = tar.map(|tar| tar.0);
@@ -236,6 +241,9 @@ impl Container {
         let mut attempt = self.begin(&params, None, &all)?;
         match until_waiting(&gate, &mut attempt.runc).await {
             Ok(waiting) => {
+                if extras.warm {
+                    line.read_ahead();
+                }
                 let container = self.clone();
                 Ok(PreparedRestore { container, params, attempt, line, waiting, gate, decided })
             }

@@ -51,6 +51,8 @@ const ANSWERED_HERE: [&str; 8] = [
 struct Progress {
     /// Its version, which runc asks for first.
     version: Option<String>,
+    /// Pid of the last one.
+    pid: Option<i32>,
     /// It is held: at post-dump, or at post-restore with the pid of the restored init.
     held: Option<i32>,
     /// The restored tasks run.
@@ -129,6 +131,9 @@ impl Relay {
         let socket = self.socket.clone();
         let task = tokio::spawn(async move {
             while let Ok((stream, _)) = self.listener.accept().await {
+                // It becomes CRIU.
+                let pid = stream.peer_cred().ok().and_then(|peer| peer.pid());
+                sender.send_modify(|p| p.pid = pid);
                 let ends = match take_ends(&stream).await {
                     Ok(ends) => ends,
                     Err(err) => {
@@ -172,6 +177,12 @@ impl Line {
     /// The version of CRIU, if it was asked for it.
     pub(crate) fn version(&self) -> Option<String> {
         self.progress.borrow().version.clone()
+    }
+
+    /// Reads ahead the code of CRIU: most of it runs for the first time in the pause.
+    pub(crate) fn read_ahead(&self) {
+        let pid = self.progress.borrow().pid;
+        tokio::task::spawn_blocking(move || ferry_oci::warm::processes(pid));
     }
 
     /// Lets go what is held, or what comes to be.

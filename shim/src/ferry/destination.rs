@@ -71,7 +71,8 @@ impl Move {
         let fast = fast::parse(&request.fast);
         let tar = fast.contains(&Fast::Tar).then(FastTar::find).flatten();
         let log_level = fast.contains(&Fast::Log).then_some(QUIET);
-        let extras = Extras { tar, log_level, ..Extras::default() };
+        let warm = fast.contains(&Fast::Warm);
+        let extras = Extras { tar, log_level, warm, ..Extras::default() };
         self.enter(Phase::PHASE_RESTORING, migration);
         let waiting = match container.prepare_restore(params, decided, private, &extras).await {
             Ok(waiting) => waiting,

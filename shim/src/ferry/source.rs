@@ -508,7 +508,8 @@ async fn pack_changed(tmpfs: &mut Option<Leaving>) -> Result<u64> {
 fn extras(request: &PrepareDumpRequest, fast: &[Fast]) -> Result<Extras> {
     let tar = fast.contains(&Fast::Tar).then(FastTar::find).flatten();
     let log_level = fast.contains(&Fast::Log).then_some(QUIET);
-    let extras = Extras { tar, log_level, ..Extras::default() };
+    let warm = fast.contains(&Fast::Warm);
+    let extras = Extras { tar, log_level, warm, ..Extras::default() };
     if request.hide_folder.is_empty() {
         return Ok(extras);
     }
