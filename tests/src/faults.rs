@@ -7,8 +7,8 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::scene::{
-    FLOATING, Scene, finish_client, go_on, stop_at, task_state, traces, wait_for_traces,
-    wait_for_traces_but_pages,
+    FLOATING, Scene, finish_client, go_on, migrate_command, stop_at, task_state, traces,
+    wait_for_traces, wait_for_traces_but_pages,
 };
 use crate::{Host, Job, Output};
 
@@ -66,6 +66,20 @@ impl Bed {
     pub fn stop_at(&self, point: &str, more: &str) -> Result<Job> {
         let more = format!("--ip {FLOATING}/24 {more}");
         stop_at(&self.scene, "redis", point, (self.here, self.there), &more)
+    }
+
+    /// Makes redis so large, and starts to move it so slowly, that its memory is being copied for 20 s.
+    ///
+    /// # Errors
+    /// When it does not come there.
+    pub fn copy_slowly(&self) -> Result<Job> {
+        self.source().run("redis-cli debug populate 200000 more 500")?;
+        let more = format!("--ip {FLOATING}/24 --bandwidth 5M");
+        let command = migrate_command("redis", self.destination(), &more);
+        let mut job = self.source().spawn(&format!("exec {command}"))?;
+        job.wait_for("layer", Duration::from_secs(30))?;
+        std::thread::sleep(Duration::from_secs(1));
+        Ok(job)
     }
 
     /// Lets the migration go on, and waits for its end.

@@ -117,31 +117,21 @@ fn an_agent_killed_in_any_phase_leaves_one_container_and_nothing_else() -> Resul
 
 #[test]
 fn a_driver_killed_again_while_it_settles_changes_nothing_of_the_decision() -> Result<()> {
-    let scene = Scene::start()?;
-    scene.start_redis("a", 1000)?;
-    let empty = traces(scene.host("b"))?;
-    scene.migrate("redis", "a", "b")?;
-    scene.migrate("redis", "b", "a")?;
-    let full = traces(scene.host("a"))?;
-    let client = scene.start_client(5)?;
-    let ip = format!("--ip {FLOATING}/24");
+    let mut bed = Bed::start()?;
     // Released there, and nothing done about it here; then killed twice more on the way.
     for phase in [Phase::Retire, Phase::Retire, Phase::Finish] {
-        let job = stop_at(&scene, "redis", phase.name(), ("a", "b"), &ip)?;
-        kill_ferry(scene.host("a"))?;
+        let job = bed.stop_at(phase.name(), "")?;
+        kill_ferry(bed.source())?;
         job.wait(Duration::from_secs(20))?;
-        go_on(scene.host("a"))?;
-        is_served(&scene, SOON)?;
-        assert_eq!(task_state(scene.host("b"), "redis")?.as_deref(), Some("RUNNING"));
+        go_on(bed.source())?;
+        is_served(&bed.scene, SOON)?;
+        assert_eq!(task_state(bed.destination(), "redis")?.as_deref(), Some("RUNNING"));
     }
     // It may go home before anybody has settled: what is left of the earlier move is none of it.
-    scene.migrate("redis", "b", "a")?;
-    scene.try_migrate("redis", "a", "b", &ip)?.checked("settle")?;
-    is_served(&scene, SOON)?;
-    assert_eq!(task_state(scene.host("a"), "redis")?.as_deref(), Some("RUNNING"));
-    finish_client(client)?;
-    wait_for_traces(scene.host("a"), &full, "settled late")?;
-    wait_for_traces(scene.host("b"), &empty, "settled late")
+    bed.scene.migrate("redis", bed.there, bed.here)?;
+    bed.again()?.checked("settle")?;
+    bed.is_whole("settled late")?;
+    bed.end_client().map(drop)
 }
 
 #[test]

@@ -63,17 +63,8 @@ fn an_interrupted_migration_is_undone_at_once() -> Result<()> {
 #[test]
 fn a_pre_copy_that_is_interrupted_leaves_the_container_alone() -> Result<()> {
     let mut bed = Bed::start()?;
-    // 100 MB at 5 MB/s.
-    bed.source().run("redis-cli debug populate 200000 more 500")?;
     for send in [press_ctrl_c, terminate] {
-        let command = format!(
-            "ferry migrate redis --to ssh://root@{} --ip {}/24 --bandwidth 5M",
-            bed.destination().address(),
-            ferry_tests::scene::FLOATING
-        );
-        let mut job = bed.source().spawn(&format!("exec {command}"))?;
-        job.wait_for("layer", Duration::from_secs(30))?;
-        std::thread::sleep(Duration::from_millis(1500));
+        let job = bed.copy_slowly()?;
         send(bed.source())?;
         let start = Instant::now();
         let output = job.wait(UNDONE * 4)?;

@@ -59,15 +59,7 @@ fn a_cut_link_before_the_commit_ends_both_holds_by_themselves() -> Result<()> {
 #[test]
 fn a_cut_link_while_memory_is_copied_leaves_the_container_alone() -> Result<()> {
     let mut bed = Bed::start()?;
-    bed.source().run("redis-cli debug populate 200000 more 500")?;
-    let command = format!(
-        "ferry migrate redis --to ssh://root@{} --ip {}/24 --bandwidth 5M",
-        bed.destination().address(),
-        ferry_tests::scene::FLOATING
-    );
-    let mut job = bed.source().spawn(&format!("exec {command}"))?;
-    job.wait_for("layer", Duration::from_secs(30))?;
-    std::thread::sleep(Duration::from_secs(1));
+    let job = bed.copy_slowly()?;
     cut(&bed)?;
     let output = job.wait(NOTICED * 4)?;
     ensure!(!output.status.success(), "{output}");

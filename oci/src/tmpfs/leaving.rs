@@ -22,12 +22,13 @@ struct Taken {
     carried: Carried,
     /// A mount of it without those below, in no file tree.
     mount: OwnedFd,
-    digest: u128,
+    /// Of what was packed; none where it changed meanwhile.
+    digest: Option<u128>,
 }
 
 impl Leaving {
-    /// Packs what [`find`] finds into the folder `images`, while the container runs. What is too large,
-    /// or changes meanwhile, is left out.
+    /// Packs what [`find`] finds into the folder `images`, while the container runs. What is too large
+    /// is left out.
     ///
     /// # Errors
     /// When the container cannot be looked at, or the folder not be written.
@@ -58,13 +59,14 @@ impl Leaving {
     pub fn pack_changed(&mut self) -> io::Result<usize> {
         let mut changed = 0;
         for (number, taken) in self.taken.iter_mut().enumerate() {
-            if tree::digest(&path(&taken.mount))? == Some(taken.digest) {
+            let at = &taken.carried.at;
+            let now = tree::digest(&path(&taken.mount))?;
+            let now =
+                now.ok_or_else(|| io::Error::other(format!("{at} has grown in the last moment")))?;
+            if taken.digest == Some(now) {
                 continue;
             }
-            let at = &taken.carried.at;
-            let packed = pack(&taken.mount)?;
-            let (_, bytes) = packed
-                .ok_or_else(|| io::Error::other(format!("{at} has grown in the last moment")))?;
+            let bytes = archive::pack(&path(&taken.mount))?;
             taken.carried.checksum = archive::checksum(&bytes);
             fs::write(self.images.join(late_archive(number)), bytes)?;
             changed += 1;
@@ -73,12 +75,13 @@ impl Leaving {
     }
 }
 
-/// A tree's digest and archive, if both are of the same moment; `None` when it is too large or changes.
-fn pack(mount: &OwnedFd) -> io::Result<Option<(u128, Vec<u8>)>> {
+/// A tree's archive, and its digest if both are of the same moment; `None` when it is too large.
+fn pack(mount: &OwnedFd) -> io::Result<Option<(Option<u128>, Vec<u8>)>> {
     let root = path(mount);
     let Some(before) = tree::digest(&root)? else { return Ok(None) };
     let bytes = archive::pack(&root)?;
-    Ok((tree::digest(&root)? == Some(before)).then_some((before, bytes)))
+    let after = tree::digest(&root)?;
+    Ok(Some((after.filter(|after| *after == before), bytes)))
 }
 
 fn path(mount: &OwnedFd) -> PathBuf {

@@ -119,8 +119,8 @@ struct Crowd {
 struct Found {
     /// Those that were told to stop: process and thread.
     new: Vec<(i32, i32)>,
-    /// None had ended meanwhile. The kernel ends its list at one that ends while it is read, however
-    /// many come after it.
+    /// There were no others. The kernel ends its list at one that ends while it is read, however many
+    /// come after it, and may leave that one out as well.
     whole: bool,
 }
 
@@ -159,6 +159,7 @@ impl Crowd {
                 // One that shares the memory has ended.
                 threads => threads.unwrap_or_default(),
             };
+            let listed = threads.len();
             for thread in threads {
                 if self.held.contains_key(&thread) {
                     continue;
@@ -186,6 +187,8 @@ impl Crowd {
                 }
                 new.push((pid, thread));
             }
+            // Those that are held are in the list until this thread ends, whatever becomes of them.
+            whole &= listed == 0 || count(pid).is_ok_and(|count| count == listed);
         }
         Ok(Found { new, whole })
     }
@@ -231,6 +234,14 @@ impl Crowd {
 fn threads(pid: i32) -> io::Result<Vec<i32>> {
     let entries = fs::read_dir(format!("/proc/{pid}/task")).map_err(gone)?;
     Ok(entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect())
+}
+
+/// How many threads a process has, with those that have ended and are still in its list.
+fn count(pid: i32) -> io::Result<usize> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The 20th field; the second is a name in brackets.
+    let count = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(17));
+    count.and_then(|count| count.parse().ok()).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 /// Children of one thread.

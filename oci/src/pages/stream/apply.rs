@@ -31,7 +31,18 @@ pub trait PageSink {
     /// # Errors
     /// When that is not possible.
     fn remove_space(&mut self, space: u32) -> io::Result<()>;
+
+    /// Learns that the pages from `start` up to `end` of process `space` will be wanted first.
+    ///
+    /// # Errors
+    /// When that is not possible.
+    fn hot(&mut self, _space: u32, _start: u64, _end: u64) -> io::Result<()> {
+        Ok(())
+    }
 }
+
+/// Pages of a round that are taken for hot ones.
+const HOT: u64 = 512;
 
 /// What a complete round has brought.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -51,6 +62,8 @@ pub struct Received {
 pub struct Receiver {
     decoder: Decoder,
     now: Received,
+    /// A round is complete: what comes again is written to, and will be soon after the move.
+    again: bool,
 }
 
 impl Receiver {
@@ -82,6 +95,10 @@ impl Receiver {
                         (pages, data) = data.split_at(usize::from(run.pages) * PAGE as usize);
                         stored("store", space, run.addr, sink.write(space, run.addr, pages))?;
                         self.now.pages += u64::from(run.pages);
+                        if self.again && self.now.pages <= HOT {
+                            let end = run.addr + u64::from(run.pages) * PAGE;
+                            stored("mark", space, run.addr, sink.hot(space, run.addr, end))?;
+                        }
                     }
                 }
                 Record::Same { space, runs } => {
@@ -106,6 +123,7 @@ impl Receiver {
                 Record::RoundEnd { round, .. } => {
                     complete = Some(Received { round, ..self.now });
                     self.now = Received::default();
+                    self.again = true;
                 }
                 Record::Hashes { .. } => return Err(ReceiveError::Direction("hashes")),
             }

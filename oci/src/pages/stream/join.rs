@@ -106,6 +106,10 @@ impl PageSink for Store {
     fn remove_space(&mut self, space: u32) -> io::Result<()> {
         stored(Store::remove_space(self, space))
     }
+
+    fn hot(&mut self, space: u32, start: u64, end: u64) -> io::Result<()> {
+        stored(self.mark_hot(space, start, end))
+    }
 }
 
 #[cfg(test)]

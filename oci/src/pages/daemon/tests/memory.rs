@@ -140,6 +140,26 @@ fn hot_pages_come_first() {
 }
 
 #[test]
+fn hot_pages_are_there_before_the_restore_is_over() {
+    let mut rig = Rig::new();
+    let mut store = rig.open();
+    rig.write(&mut store, &[5]);
+    store.mark_hot(5, task::BASE + 1400 * PAGE, task::BASE + 1420 * PAGE).expect("hot");
+    rig.client.listen(&rig.socket).expect("listen");
+    store.complete().expect("complete");
+    let mut task = rig.task(5, "say there;wait;marker;check");
+    task.hear("there");
+    // 4 of 5 have content.
+    let before = rig.wait_for("the hot pages", |status| status.filled >= 16);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!((rig.status().filled, before.faults), (16, 0));
+    task.go();
+    rig.client.fill().expect("fill");
+    task.right();
+    rig.end();
+}
+
+#[test]
 fn a_child_finds_zeros_where_its_parent_wants_memory_wiped() {
     for kill in [false, true] {
         let mut rig = Rig::new();

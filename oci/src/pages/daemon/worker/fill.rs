@@ -1,4 +1,5 @@
-//! Filling in the background: hot pages first, then chunk by chunk, for all contexts that need one.
+//! Filling in the background: hot pages first, some of them before the tasks run, then chunk by chunk,
+//! for all contexts that need one.
 
 use std::time::Duration;
 
@@ -18,6 +19,11 @@ const STEP: std::ops::RangeInclusive<u32> = 16..=128;
 /// Pages that may be filled before the restore is over, when nothing is given back yet: an eighth, or
 /// this many.
 const EARLY: u64 = (32 << 20) / PAGE;
+
+/// Hot pages that are filled while the restore is held, before anybody says so: tasks ask for them as
+/// soon as they run. And how often it is looked whether they can be.
+const HELD: u64 = 512;
+const LOOK: Duration = Duration::from_millis(1);
 
 /// Where filling has come to.
 #[derive(Debug)]
@@ -75,9 +81,16 @@ impl Worker<'_> {
         match self.shared.get(Word::Fill) {
             1 if over || early => Some(Duration::ZERO),
             0 if over => Some(BY_ITSELF.saturating_sub(since)),
+            0 if self.is_held() => Some(Duration::ZERO),
             2 if over => Some(AT_LAST.saturating_sub(since)),
             _ => None,
         }
+    }
+
+    /// The restore is not over, and nobody has said anything about filling.
+    fn is_held(&self) -> bool {
+        let unsaid = (self.shared.get(Word::Marker), self.shared.get(Word::Fill)) == (0, 0);
+        unsaid && self.fill.hot && self.fill.early < HELD
     }
 
     /// One step of filling.
@@ -103,6 +116,11 @@ impl Worker<'_> {
             self.fill.chunk += 1;
         }
         let progress = std::mem::take(&mut self.fill.progress);
+        if self.is_held() {
+            // They are filled, or not mapped yet.
+            (self.fill.space, self.fill.chunk) = (0, 0);
+            return Next::Wait(LOOK);
+        }
         (self.fill.hot, self.fill.space, self.fill.chunk) = (false, 0, 0);
         // A round without any: pages are not mapped yet, or cannot be read.
         if progress { Next::Step } else { Next::Wait(Duration::from_millis(1)) }

@@ -34,6 +34,10 @@ pub(in crate::pages::daemon) struct Surroundings<'a> {
 const FAIR: u32 = 8;
 /// How often new pages are looked for before the memory is complete.
 const WARM: Duration = Duration::from_millis(100);
+/// Chunks that are mapped in one go, and in all. More would take the processor from the dump, and hold up
+/// the restore: a gigabyte takes 0.1 s and more.
+const WARM_STEP: u32 = 4;
+const WARM_MOST: u32 = 128;
 
 /// Serves until all is in. Then it says so in shared memory.
 ///
@@ -77,7 +81,9 @@ pub(in crate::pages::daemon) fn run(around: &Surroundings<'_>) -> io::Result<()>
         } else {
             warmed = warm(around.arena, &worker.data, warmed);
         }
+        let may_warm = warmed < around.arena.chunks().saturating_sub(1).min(WARM_MOST);
         let wait = match next {
+            _ if !serving && may_warm => Some(Duration::ZERO),
             _ if !serving => Some(WARM),
             Next::Step => Some(Duration::ZERO),
             Next::Wait(wait) => Some(wait),
@@ -215,9 +221,9 @@ fn is_hopeless(shared: &Shared) -> bool {
 /// Maps pages of the store here, so that the first fault does not have to wait for that. Returns up to
 /// which chunk.
 fn warm(arena: &Arena, data: &Map, from: u32) -> u32 {
-    let chunks = arena.chunks();
     // The last one is being written, most likely.
-    for chunk in from..chunks.saturating_sub(1) {
+    let end = arena.chunks().saturating_sub(1).min(WARM_MOST).min(from + WARM_STEP).max(from);
+    for chunk in from..end {
         let mut there = arena.bits(chunk, Set::Present);
         let spilled = arena.bits(chunk, Set::Spilled);
         there.iter_mut().zip(spilled).for_each(|(there, spilled)| *there &= !spilled);
@@ -232,5 +238,5 @@ fn warm(arena: &Arena, data: &Map, from: u32) -> u32 {
             }
         }
     }
-    chunks.saturating_sub(1).max(from)
+    end
 }
