@@ -128,7 +128,8 @@ fn the_slow_path_behind_each_fast_one_is_as_correct() -> Result<()> {
 #[test]
 fn memory_crosses_whole_without_a_tracker_and_without_precopy() -> Result<()> {
     let all: String = Fast::ALL.map(|fast| format!("--no-fast {} ", fast.name())).concat();
-    crosses_by(&["--mode stop".to_owned(), "--tracker none".to_owned(), all])
+    let stop = ["--mode stop", "--mode stop --no-fast held-restore", "--tracker none"];
+    crosses_by(&[&stop.map(str::to_owned)[..], &[all]].concat())
 }
 
 /// Moves `id`, and looks at what waits for the freeze on both hosts before it comes.

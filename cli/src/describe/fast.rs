@@ -50,6 +50,10 @@ fn why_not(fast: Fast, facts: &Facts<'_>) -> Option<String> {
     if held && facts.refused.contains(&Fast::HeldDump) {
         return Some(format!("needs {}", Fast::HeldDump.name()));
     }
+    // What is packed for it crosses with the order to prepare it.
+    if fast == Fast::Tmpfs && facts.refused.contains(&Fast::HeldRestore) {
+        return Some(format!("needs {}", Fast::HeldRestore.name()));
+    }
     // CRIU's id names its lock, and is in its log.
     if fast == Fast::Log && facts.refused.contains(&Fast::Lock) {
         return Some(format!("needs {}", Fast::Lock.name()));
@@ -155,7 +159,7 @@ mod tests {
             off.into_iter().map(|(name, _)| name).collect::<Vec<_>>()
         };
         assert_eq!(names(&[Fast::Cgroups]), [Fast::Cgroups]);
-        assert_eq!(names(&[Fast::HeldRestore]), [Fast::HeldRestore]);
+        assert_eq!(names(&[Fast::HeldRestore]), [Fast::HeldRestore, Fast::Tmpfs]);
         assert_eq!(
             names(&[Fast::HeldDump]),
             [

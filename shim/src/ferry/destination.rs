@@ -66,7 +66,7 @@ impl Move {
         let private = has_private_network(&container)?;
         std::fs::create_dir_all(paths::RECORDS).context("make the folder of records")?;
         let tmpfs = arriving(migration).await?;
-        let params = restore_params(&container, request, &tmpfs);
+        let params = restore_params(&container, request, Some(&tmpfs));
         let decided = Some(paths::decided(migration));
         let fast = fast::parse(&request.fast);
         let tar = fast.contains(&Fast::Tar).then(FastTar::find).flatten();
@@ -136,8 +136,9 @@ impl Move {
                     decided: Some(paths::decided(migration)),
                 };
                 std::fs::create_dir_all(paths::RECORDS).context("make the folder of records")?;
-                let arriving = tmpfs.insert(arriving(migration).await?);
-                let params = restore_params(&container, request, arriving);
+                tmpfs = Some(arriving(migration).await?);
+                complete(migration, &mut tmpfs).await?;
+                let params = restore_params(&container, request, tmpfs.as_ref());
                 self.enter(Phase::PHASE_RESTORING, migration);
                 container.restore_held(params, hold).await
             }
@@ -262,12 +263,12 @@ async fn take_away(tmpfs: &mut Option<Arriving>) {
 fn restore_params(
     container: &Container,
     request: &RestoreRequest,
-    tmpfs: &Arriving,
+    tmpfs: Option<&Arriving>,
 ) -> RestoreParams {
     RestoreParams {
         images: paths::images(&request.migration),
         work: container.bundle().join(paths::RESTORE_WORK),
-        extra: tmpfs.lines(),
+        extra: tmpfs.map(Arriving::lines).unwrap_or_default(),
         lazy_pages: request.lazy_pages,
         deadline: RESTORE,
     }
