@@ -84,8 +84,10 @@ impl Images {
                 () = tokio::time::sleep(LOOK) => {}
             }
             let names = closed(watch).context("watch the images")?;
+            // One that was taken away again is none.
             let names = names.into_iter().filter(|name| goes_early(name));
-            let loaded = names.map(|name| self.load(&name)).collect::<Result<Vec<_>>>()?;
+            let names = names.filter(|name| self.dir.join(name).exists()).collect::<Vec<_>>();
+            let loaded = names.iter().map(|name| self.load(name)).collect::<Result<Vec<_>>>()?;
             if !loaded.is_empty() {
                 self.early += loaded.len();
                 answers += 1;

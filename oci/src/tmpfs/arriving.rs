@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -42,7 +43,8 @@ impl Arriving {
             let path = paths::tmpfs(migration).join(number.to_string());
             let mut place = Place { carried: carried.clone(), path, holds: String::new() };
             // From here on it is taken away again.
-            fs::create_dir_all(&place.path)?;
+            // Others on the host must not see what a container keeps there.
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(&place.path)?;
             place.mount()?;
             place.fill(number, images)?;
             arriving.places.push(place);

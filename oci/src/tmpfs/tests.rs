@@ -120,6 +120,7 @@ fn they_arrive_as_they_were_with_what_changed_in_the_last_moment() {
         assert_eq!(here, missing);
     };
     check("in\n");
+    assert_eq!(fs::metadata(&place).unwrap().permissions().mode() & 0o777, 0o700);
     let lines = arriving.lines();
     let (at, place_1) = (&container.at, place.join("1"));
     assert_eq!(lines[1], format!("external mnt[ferry{at}/inner]:{}", place_1.display()));
