@@ -102,9 +102,10 @@ mod tests {
         assert!(cached(path) < 64 << 10, "{} stays in memory", path.display());
     }
 
+    /// All but some pages that the kernel was busy with: it only takes advice.
     fn becomes_warm(path: &Path) {
         let (size, start) = (fs::metadata(path).unwrap().len(), Instant::now());
-        while cached(path) < size {
+        while cached(path) < size / 10 * 9 {
             assert!(start.elapsed() < Duration::from_secs(10), "{} of {size}", cached(path));
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -123,9 +124,18 @@ mod tests {
     #[test]
     fn code_of_a_process_is_read_ahead_and_its_paths_are_told() {
         let (_dir, path) = program();
-        let mut child = Command::new(&path).arg("100").stdin(Stdio::null()).spawn().unwrap();
         let start = Instant::now();
-        while code(child.id().cast_signed()).map_or(0, |areas| areas.len()) < 2 {
+        let mut child = loop {
+            match Command::new(&path).arg("100").stdin(Stdio::null()).spawn() {
+                // Another test has just forked, with our file open for writing.
+                Err(error) if error.raw_os_error() == Some(libc::ETXTBSY) => {
+                    assert!(start.elapsed() < Duration::from_secs(10), "{error}");
+                }
+                child => break child.unwrap(),
+            }
+        };
+        let is_libc = |area: &Area| area.name.windows(5).any(|name| name == b"libc.");
+        while !code(child.id().cast_signed()).is_ok_and(|areas| areas.iter().any(is_libc)) {
             assert!(start.elapsed() < Duration::from_secs(10), "it does not start");
         }
         // What it has mapped stays; the rest does not, once it has come to rest.
@@ -137,7 +147,7 @@ mod tests {
         }
         let paths = processes([child.id().cast_signed(), i32::MAX]);
         assert!(paths.contains(&path.display().to_string()), "{paths:?}");
-        assert!(paths.iter().any(|path| path.contains("libc")), "{paths:?}");
+        assert!(paths.iter().any(|path| path.contains("libc.")), "{paths:?}");
         becomes_warm(&path);
         child.kill().unwrap();
         child.wait().unwrap();
