@@ -20,9 +20,6 @@ pub const MIGRATION_FILE: &str = "ferry-migration";
 /// Where the images of a migration keep the content of inventory.img while a restore waits for it.
 pub const INVENTORY_FILE: &str = "inventory.img.held";
 
-/// Where they keep pages that patches of images are made of.
-pub const KNOWN_FILE: &str = "known-pages.ferry";
-
 /// Page stores of containers that are on their way here or have just come, one folder each.
 pub const PAGES: &str = "/run/ferry/pages";
 

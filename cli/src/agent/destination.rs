@@ -67,6 +67,8 @@ pub(super) struct Destination {
     lazy: bool,
     /// Fast paths to take.
     fast: Vec<Fast>,
+    /// What patches of images are made of.
+    known: Vec<u8>,
     /// A restore waits for its images.
     waiting: bool,
     /// `Commit` was passed to the shim: from here on nothing is undone without its word.
@@ -98,6 +100,7 @@ impl Destination {
             memory: None,
             lazy: false,
             fast: Vec::new(),
+            known: Vec::new(),
             waiting: false,
             committed: false,
             _lock: lock,
@@ -119,6 +122,7 @@ impl Destination {
             Request::Announce => self.announce_early()?,
             Request::OpenPages => return self.open_pages(),
             Request::Pages => self.put_pages(input).await?,
+            Request::PutKnown => self.put_known(input).await?,
             Request::PutImages(files) => self.put_images(input, &files).await?,
             Request::PrepareRestore { files, fast, lazy, code } => {
                 self.prepare_restore(input, &files, &fast, lazy, code).await?;
@@ -263,6 +267,15 @@ impl Destination {
         Ok(())
     }
 
+    async fn put_known(&mut self, input: &mut Incoming) -> Result<()> {
+        self.known.clear();
+        while let Some(chunk) = input.chunk().await? {
+            self.known.extend(chunk);
+            ensure!(self.known.len() as u64 <= patch::MOST, "too many known pages");
+        }
+        Ok(())
+    }
+
     async fn put_images(&self, input: &mut Incoming, files: &[ImageFile]) -> Result<()> {
         let dir = paths::images(&self.migration);
         let mut left: Vec<u8> = Vec::new();
@@ -296,8 +309,7 @@ impl Destination {
                 missing -= take as u64;
             }
             if file.patch {
-                let known = fs::read(dir.join(paths::KNOWN_FILE)).context("read known pages")?;
-                patch::apply(&known, &patch, &mut opened)
+                patch::apply(&self.known, &patch, &mut opened)
                     .with_context(|| format!("write {}", path.display()))?;
             }
         }

@@ -83,6 +83,7 @@ fn announces_stream(request: &Request) -> bool {
         Request::PutBlob(_)
             | Request::PutLayer
             | Request::Pages
+            | Request::PutKnown
             | Request::PutImages(_)
             | Request::PrepareRestore { .. }
             | Request::Restore(_)

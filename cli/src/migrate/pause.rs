@@ -25,7 +25,7 @@ use super::{Migration, Mode};
 use crate::containerd::Stdio;
 use crate::network::address;
 use crate::transport::link::{Link, unexpected};
-use crate::wire::messages::{ImageFile, ImageSpec, NewContainer, Reply, Request};
+use crate::wire::messages::{ImageSpec, NewContainer, Reply, Request};
 
 /// How often the container is frozen and dumped before a migration is given up.
 const DUMPS: usize = 3;
@@ -289,8 +289,7 @@ async fn put_known(memory: &mut Memory, link: &mut Link) -> Result<Known> {
     let known = memory.known()?;
     let bytes = known.bytes();
     if !bytes.is_empty() {
-        let file = ImageFile::whole(ferry_oci::paths::KNOWN_FILE, bytes.len() as u64);
-        link.send_on(&Request::PutImages(vec![file])).await?;
+        link.send_on(&Request::PutKnown).await?;
         link.piece(bytes).await?;
         link.end_stream().await?;
         link.done(Phase::Hold.deadline()).await?;

@@ -3,7 +3,7 @@
 //! Waited for like any other pipe or socket. tokio's own reads each piece on another thread, and those
 //! switches come where a container waits.
 
-use std::io::{self, IsTerminal};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream as StdStream;
 
@@ -19,38 +19,26 @@ const PIPE: i32 = 1 << 20;
 /// What the driver says.
 pub(crate) fn input() -> Output {
     let stdin = io::stdin();
-    if !stdin.is_terminal()
-        && let Ok(fd) = stdin.as_fd().try_clone_to_owned()
-    {
-        widen(stdin.as_fd());
-        match pipe::Receiver::from_owned_fd(fd) {
-            Ok(pipe) => return Box::new(pipe),
-            Err(_) => {
-                if let Ok(socket) = socket(stdin.as_fd()) {
-                    return Box::new(socket);
-                }
-            }
-        }
+    widen(stdin.as_fd());
+    if let Ok(pipe) = stdin.as_fd().try_clone_to_owned().and_then(pipe::Receiver::from_owned_fd) {
+        return Box::new(pipe);
     }
-    Box::new(tokio::io::stdin())
+    match socket(stdin.as_fd()) {
+        Ok(socket) => Box::new(socket),
+        Err(_) => Box::new(tokio::io::stdin()),
+    }
 }
 
 /// What the driver hears.
 pub(crate) fn output() -> Input {
     let stdout = io::stdout();
-    if !stdout.is_terminal()
-        && let Ok(fd) = stdout.as_fd().try_clone_to_owned()
-    {
-        match pipe::Sender::from_owned_fd(fd) {
-            Ok(pipe) => return Box::new(pipe),
-            Err(_) => {
-                if let Ok(socket) = socket(stdout.as_fd()) {
-                    return Box::new(socket);
-                }
-            }
-        }
+    if let Ok(pipe) = stdout.as_fd().try_clone_to_owned().and_then(pipe::Sender::from_owned_fd) {
+        return Box::new(pipe);
     }
-    Box::new(tokio::io::stdout())
+    match socket(stdout.as_fd()) {
+        Ok(socket) => Box::new(socket),
+        Err(_) => Box::new(tokio::io::stdout()),
+    }
 }
 
 fn socket(fd: BorrowedFd<'_>) -> io::Result<UnixStream> {

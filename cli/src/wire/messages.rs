@@ -60,6 +60,8 @@ pub(crate) enum Request {
     PageHashes,
     /// One round of memory; it follows as a stream.
     Pages,
+    /// Pages that patches of images are made of; they follow as a stream.
+    PutKnown,
     /// Images that are complete before the others; they follow as one stream, file after file.
     PutImages(Vec<ImageFile>),
     /// Starts a restore that waits for its images. What is read before the first of them follows as

@@ -5,7 +5,7 @@
 //! has a version of its own; a reader refuses versions that it does not know.
 
 use super::NetworkLock;
-use crate::tmpfs::Carried;
+use crate::tmpfs::Tmpfs;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::path::Path;
@@ -41,7 +41,7 @@ pub struct DumpOptions {
     /// was the host's, and whoever restores must be in such a one too.
     pub in_netns: bool,
     /// File systems that were left out, and are put in place by whoever restores.
-    pub tmpfs: Vec<Carried>,
+    pub tmpfs: Vec<Tmpfs>,
 }
 
 impl Default for DumpOptions {

@@ -24,7 +24,7 @@ use super::scan::Pagemap;
 const PAGE: usize = super::PAGE as usize;
 
 /// The most that is known, bytes.
-const MOST: u64 = 16 << 20;
+pub const MOST: u64 = 16 << 20;
 
 const KNOWN: u8 = 0;
 const NEW: u8 = 1;

@@ -36,7 +36,7 @@ fn failed(stop: Stop) -> io::Error {
     }
 }
 
-/// As it stands in [`super::Carried`].
+/// As it stands in [`super::Tmpfs`].
 pub(super) fn checksum(archive: &[u8]) -> String {
     format!("{:032x}", XxHash3_128::oneshot(archive))
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use super::{Carried, archive, early_archive, is_known, late_archive};
+use super::{Tmpfs, archive, early_archive, is_known, late_archive};
 use crate::paths;
 
 /// The most that a record may list.
@@ -23,7 +23,7 @@ pub struct Arriving {
 
 #[derive(Debug)]
 struct Place {
-    carried: Carried,
+    carried: Tmpfs,
     path: PathBuf,
     /// Checksum of the archive that was unpacked in it.
     holds: String,
@@ -34,7 +34,7 @@ impl Arriving {
     ///
     /// # Errors
     /// When one cannot be made; nothing is left then.
-    pub fn prepare(migration: &str, carried: &[Carried], images: &Path) -> io::Result<Self> {
+    pub fn prepare(migration: &str, carried: &[Tmpfs], images: &Path) -> io::Result<Self> {
         let mut arriving = Self { migration: migration.to_owned(), places: Vec::new() };
         if carried.len() > MOST {
             return Err(io::Error::other("too many file systems"));
@@ -65,7 +65,7 @@ impl Arriving {
     ///
     /// # Errors
     /// When one was left out that was not prepared, or the content of one is missing.
-    pub fn complete(&mut self, carried: &[Carried], images: &Path) -> io::Result<()> {
+    pub fn complete(&mut self, carried: &[Tmpfs], images: &Path) -> io::Result<()> {
         for (number, carried) in carried.iter().enumerate() {
             let at = &carried.at;
             let is_it = |place: &&mut Place| {

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 
-use super::{Carried, is_known};
+use super::{Tmpfs, is_known};
 
 /// The most that are carried.
 const MOST: usize = 32;
@@ -51,7 +51,7 @@ impl<'a> Mount<'a> {
 ///
 /// # Errors
 /// When a process cannot be looked at.
-pub fn find(init: i32, all: &[i32]) -> io::Result<Vec<Carried>> {
+pub fn find(init: i32, all: &[i32]) -> io::Result<Vec<Tmpfs>> {
     let link = |pid: &str, name: &str| fs::read_link(format!("/proc/{pid}/ns/{name}"));
     let init = init.to_string();
     if link(&init, "user")? != link("self", "user")? {
@@ -66,7 +66,7 @@ pub fn find(init: i32, all: &[i32]) -> io::Result<Vec<Carried>> {
     Ok(among(&mounts(&init)?, &mounts("self")?))
 }
 
-pub(super) fn among(mountinfo: &str, hosts: &str) -> Vec<Carried> {
+pub(super) fn among(mountinfo: &str, hosts: &str) -> Vec<Tmpfs> {
     let parse = |text| str::lines(text).filter_map(Mount::parse).collect::<Vec<_>>();
     let (mounts, hosts) = (parse(mountinfo), parse(hosts));
     // One over the other: a path leads to the upper one alone.
@@ -77,7 +77,7 @@ pub(super) fn among(mountinfo: &str, hosts: &str) -> Vec<Carried> {
     for mount in mounts.iter().filter(|mount| mount.is_usual()) {
         // Each once.
         if carried.len() < MOST && devices.insert(mount.device) {
-            carried.push(Carried {
+            carried.push(Tmpfs {
                 at: mount.at.to_owned(),
                 source: mount.source.to_owned(),
                 options: mount.options.to_owned(),

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::mount::{OpenTreeFlags, open_tree};
 
-use super::{Carried, archive, early_archive, find, late_archive, tree};
+use super::{Tmpfs, archive, early_archive, find, late_archive, tree};
 
 /// The file systems of a container that is to leave, packed.
 #[derive(Debug)]
@@ -19,7 +19,7 @@ pub struct Leaving {
 
 #[derive(Debug)]
 struct Taken {
-    carried: Carried,
+    carried: Tmpfs,
     /// A mount of it without those below, in no file tree.
     mount: OwnedFd,
     /// Of what was packed; none where it changed meanwhile.
@@ -48,7 +48,7 @@ impl Leaving {
     }
 
     /// What is carried.
-    pub fn carried(&self) -> Vec<Carried> {
+    pub fn carried(&self) -> Vec<Tmpfs> {
         self.taken.iter().map(|taken| taken.carried.clone()).collect()
     }
 

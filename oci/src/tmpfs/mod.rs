@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 
 /// One of them, as it stands in the record of a dump.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Carried {
+pub struct Tmpfs {
     /// Where it is in the container.
     pub at: String,
     /// What is said to be mounted there.
@@ -39,7 +39,7 @@ pub struct Carried {
     pub checksum: String,
 }
 
-impl Carried {
+impl Tmpfs {
     /// What CRIU calls it.
     pub fn key(&self) -> String {
         format!("ferry{}", self.at)

@@ -163,7 +163,7 @@ fn who_has_other_mounts_keeps_them() {
 fn odd_options_are_refused_and_leave_nothing() {
     let images = tempfile::tempdir().unwrap();
     let migration = format!("mtest-odd-{}", std::process::id());
-    let carried = |options: &str| Carried {
+    let carried = |options: &str| Tmpfs {
         at: "/x".into(),
         source: "tmpfs".into(),
         options: options.into(),

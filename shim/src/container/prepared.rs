@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use ferry_oci::criu::{
     CONFIG_ENV, Config, DUMP_GATE, FastTar, Gate, HIDE_ENV, RESTORE_GATE, TarCounts, Waiting,
 };
-use ferry_oci::tmpfs::Carried;
+use ferry_oci::tmpfs::Tmpfs;
 use log::warn;
 use tokio::time::{sleep, timeout};
 
@@ -169,7 +169,7 @@ impl PreparedDump {
     }
 
     /// Writes the record anew, with what is left out as it is now.
-    pub(crate) async fn amend(&mut self, carried: Vec<Carried>) -> Result<()> {
+    pub(crate) async fn amend(&mut self, carried: Vec<Tmpfs>) -> Result<()> {
         self.params.options.tmpfs = carried;
         let criu = self.line.version().unwrap_or_default();
         self.container.write_record(&self.params, criu).await
@@ -203,8 +203,8 @@ impl PreparedDump {
 }
 
 /// Has CRIU leave these mounts to others.
-fn left_out(carried: &[Carried]) -> Vec<String> {
-    let line = |carried: &Carried| format!("external mnt[{}]:{}", carried.at, carried.key());
+fn left_out(carried: &[Tmpfs]) -> Vec<String> {
+    let line = |carried: &Tmpfs| format!("external mnt[{}]:{}", carried.at, carried.key());
     carried.iter().map(line).collect()
 }
 

@@ -11,7 +11,7 @@ use ferry_oci::criu::{DumpRecord, FastTar};
 use ferry_oci::fast::{self, Fast};
 use ferry_oci::paths;
 use ferry_oci::record::{Decision, Record};
-use ferry_oci::tmpfs::{Arriving, Carried};
+use ferry_oci::tmpfs::{Arriving, Tmpfs};
 use log::warn;
 
 use super::lease::Lease;
@@ -248,7 +248,7 @@ async fn complete(migration: &str, tmpfs: &mut Option<Arriving>) -> Result<()> {
 }
 
 /// Which those are.
-fn carried(images: &Path) -> Result<Vec<Carried>> {
+fn carried(images: &Path) -> Result<Vec<Tmpfs>> {
     let record = DumpRecord::read(images).context("read the images")?;
     Ok(record.map(|record| record.options.tmpfs).unwrap_or_default())
 }

@@ -15,7 +15,7 @@ use ferry_oci::fast::{self, Fast};
 use ferry_oci::freezer::Freezer;
 use ferry_oci::quarantine::Prepared;
 use ferry_oci::record::Record;
-use ferry_oci::tmpfs::{self, Carried, Leaving};
+use ferry_oci::tmpfs::{self, Leaving, Tmpfs};
 use ferry_oci::{announce, paths, sockets};
 use log::warn;
 
@@ -89,7 +89,7 @@ impl AtSource {
         }
     }
 
-    fn carried(&self) -> Vec<Carried> {
+    fn carried(&self) -> Vec<Tmpfs> {
         self.tmpfs.iter().flat_map(Leaving::carried).collect()
     }
 
