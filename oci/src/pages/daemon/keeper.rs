@@ -116,7 +116,9 @@ impl Keeper {
             bytes: 0,
             keeper: std::process::id(),
         };
-        let keeper = Self {
+        // Whoever can connect finds it described.
+        meta.write(dir)?;
+        Ok(Self {
             arena: Arena::create(limits)?,
             shared,
             dir: dir.to_owned(),
@@ -133,9 +135,7 @@ impl Keeper {
             used: now,
             told: now,
             over: None,
-        };
-        keeper.meta.write(dir)?;
-        Ok(keeper)
+        })
     }
 
     fn run(&mut self) -> io::Result<()> {
