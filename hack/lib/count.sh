@@ -6,6 +6,8 @@ failed=0
 skipped=0
 failures=()
 skips=()
+# What the tests that failed have said.
+said=()
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
@@ -48,6 +50,7 @@ cargo_tests() {
     done < <(sed -nE 's/^.*skipped: (.*)$/\1/p' "$log")
     while read -r line; do
         failures+=("$line")
+        said+=("$(said_by "$line")")
     done < <(sed -nE 's/^test (.*) \.\.\. FAILED$/\1/p' "$log")
     # It did not compile, was killed, or ran nothing at all.
     if [ "$status" != 0 ] && [ "$bad" = 0 ]; then
@@ -58,10 +61,17 @@ cargo_tests() {
     echo "        $name: $good passed, $bad failed, $left skipped ($((SECONDS - start)) s)"
 }
 
+# said_by TEST: the end of what it has printed.
+said_by() {
+    awk -v test="---- $1 stdout ----" '$0 == test { on = 1 } on && $0 != test && /^(---- .* ----|failures:)$/ { exit } on' \
+        "$log" | tail -n 60
+}
+
 # Prints what was not passed by name, then the counts. Fails if anything failed.
 summary() {
     echo
     [ ${#skips[@]} = 0 ] || printf 'skipped: %s\n' "${skips[@]}"
+    [ ${#said[@]} = 0 ] || printf '%s\n' "${said[@]}"
     [ ${#failures[@]} = 0 ] || printf 'failed: %s\n' "${failures[@]}"
     echo "$passed passed, $failed failed, $skipped skipped"
     [ "$failed" = 0 ]
