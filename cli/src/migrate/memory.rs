@@ -7,6 +7,7 @@
 //! any stream.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -17,7 +18,9 @@ use ferry_oci::cpu_quota::CpuQuota;
 use ferry_oci::criu::{HiddenRange, HiddenTask, HideError, Hiding, Orders, StoredSmaps};
 use ferry_oci::pages::areas::Layout;
 use ferry_oci::pages::patch::Known;
-use ferry_oci::pages::rounds::{Diverging, OnDiverge, Policy, Round, Rounds, Throttle, Verdict};
+use ferry_oci::pages::rounds::{
+    Diverging, LinkRate, OnDiverge, Policy, Round, Rounds, Throttle, Verdict,
+};
 use ferry_oci::pages::stream::{
     Change, Compression, HashReader, Options, Processes, RoundStats, Sender,
 };
@@ -31,6 +34,11 @@ use crate::wire::stream;
 
 /// How long the destination may take to store a round, beyond its transfer.
 const STORE: Duration = Duration::from_secs(120);
+
+/// How many short rounds there are just before the freeze.
+const LAST_ROUNDS: RangeInclusive<u32> = 2..=20;
+/// What the last round may cost beyond what the dump hides.
+const HIDDEN: Duration = Duration::from_millis(1);
 
 /// How the operator wants memory to be copied.
 #[derive(Debug, Clone)]
@@ -58,6 +66,7 @@ pub(super) struct Memory {
     fresh: BTreeMap<i32, Layout>,
     /// Less CPU time, and who gives it back if this process cannot.
     throttle: Option<(CpuQuota, Throttle, Guard)>,
+    link: LinkRate,
     /// Every round so far.
     pub(super) made: Vec<RoundStats>,
     /// Taken while a round is made.
@@ -100,6 +109,7 @@ impl Memory {
             orders: Orders::default(),
             fresh: BTreeMap::new(),
             throttle: None,
+            link: LinkRate::default(),
             made: Vec::new(),
             at_work: Arc::default(),
         })
@@ -171,17 +181,43 @@ impl Memory {
     pub(super) async fn live_round(&mut self, link: &mut Link) -> Result<Round> {
         let start = Instant::now();
         let before = self.engine.as_ref().and_then(|engine| engine.scanned);
-        let stats = self.round(link, false).await?;
+        let mut stats = self.round(link, false).await?;
+        let sent = Instant::now();
         link.done(STORE).await?;
+        stats.link = self.link.after(&stats, sent.elapsed(), link.round_trip());
+        self.made.push(stats);
         Ok(Round::new(before.map(|before| start - before), start.elapsed(), &stats))
+    }
+
+    /// Rounds just before the freeze: each lists what the one before it took to send. So many that the
+    /// last one hides behind the dump, if that can be had.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub(super) async fn last_live_rounds(&mut self, link: &mut Link) -> Result<()> {
+        let policy = Policy {
+            downtime_target: self.wishes.downtime_target.min(Policy::default().fixed + HIDDEN),
+            max_rounds: *LAST_ROUNDS.end(),
+            patience: 2,
+            ..Policy::default()
+        };
+        let mut rounds = Rounds::new(policy);
+        loop {
+            let verdict = rounds.after(self.live_round(link).await?);
+            if verdict != Verdict::Again && rounds.made() >= *LAST_ROUNDS.start() {
+                return Ok(());
+            }
+        }
     }
 
     /// The last round. The container is frozen; the answer to it is still to come.
     ///
     /// # Errors
     /// When memory cannot be read or the connection breaks.
-    pub(super) async fn last_round(&mut self, link: &mut Link) -> Result<RoundStats> {
-        self.round(link, true).await
+    pub(super) async fn last_round(&mut self, link: &mut Link) -> Result<()> {
+        let stats = self.round(link, true).await?;
+        self.made.push(stats);
+        Ok(())
     }
 
     async fn round(&mut self, link: &mut Link, frozen: bool) -> Result<RoundStats> {
@@ -198,9 +234,7 @@ impl Memory {
         let (engine, stats) = work.await?;
         self.engine = Some(engine);
         sent?;
-        let stats = stats?;
-        self.made.push(stats);
-        Ok(stats)
+        stats
     }
 
     /// Makes the container one step slower, until [`Memory`] is dropped. Whether there was a step

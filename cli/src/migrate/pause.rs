@@ -31,8 +31,6 @@ use crate::wire::messages::{ImageSpec, NewContainer, Reply, Request};
 const DUMPS: usize = 3;
 /// How long it runs between two tries.
 const BETWEEN_DUMPS: Duration = Duration::from_millis(200);
-/// Short rounds just before the freeze: each lists what the one before it took to send.
-const LAST_ROUNDS: usize = 2;
 
 /// What is known once everything is ready for the freeze.
 pub(super) struct Ready {
@@ -187,9 +185,7 @@ impl Migration {
                     source.send_layer(link, Pass::Live, Phase::Layer.deadline()).await?;
                     if let Some(memory) = &mut memory {
                         memory.read_areas()?;
-                        for _ in 0..LAST_ROUNDS {
-                            memory.live_round(link).await?;
-                        }
+                        memory.last_live_rounds(link).await?;
                         memory.write_orders(true)?;
                     }
                     if options.ip.is_some() {

@@ -3,7 +3,7 @@
 use std::io::{self, Read};
 use std::net::IpAddr;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use ferry_oci::sockets;
@@ -28,6 +28,8 @@ pub(crate) struct Link {
     host: String,
     /// Bytes written to the agent, frames included.
     sent: u64,
+    /// Shortest time in which a request was answered.
+    round_trip: Duration,
 }
 
 impl Link {
@@ -47,6 +49,7 @@ impl Link {
             input: BufWriter::with_capacity(1 << 16, input),
             host: to.host().to_owned(),
             sent: 0,
+            round_trip: Duration::MAX,
         };
         let hello = Request::Hello {
             protocol: ferry_oci::PROTOCOL,
@@ -84,13 +87,21 @@ impl Link {
         self.sent
     }
 
+    /// Shortest time in which a request was answered so far: no less than a packet needs there and back.
+    pub(crate) fn round_trip(&self) -> Duration {
+        self.round_trip
+    }
+
     /// Sends a request and waits for its reply.
     ///
     /// # Errors
     /// When the agent refuses, the connection breaks, or `deadline` passes.
     pub(crate) async fn ask(&mut self, request: &Request, deadline: Duration) -> Result<Reply> {
+        let asked = Instant::now();
         self.send(request).await?;
-        self.reply(deadline).await
+        let reply = self.reply(deadline).await?;
+        self.round_trip = self.round_trip.min(asked.elapsed());
+        Ok(reply)
     }
 
     /// [`Self::ask`] where nothing but `Done` is expected.

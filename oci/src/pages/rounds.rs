@@ -20,6 +20,10 @@ use super::stream::RoundStats;
 
 /// What a page costs on the wire besides its contents, when it stands alone, bytes.
 const OVERHEAD: f64 = 14.0;
+/// Rounds of fewer bytes say nothing about the link's rate.
+const MEASURED: u64 = 1 << 20;
+/// Part of its time that a round has to wait for the link before that is the bottleneck.
+const WAITED: f64 = 0.2;
 /// A round has made progress when it lists less than this part of the best before it.
 const PROGRESS: f64 = 0.9;
 
@@ -81,6 +85,31 @@ impl Default for Policy {
             beside: Duration::from_micros(5400),
             switch: Duration::from_millis(4),
         }
+    }
+}
+
+/// Rate of the link, from what rounds have shown.
+///
+/// A sender that has written everything is not done: buffers on the way hold megabytes. The link is
+/// waited for while writing blocks, and from the last write until the other end has stored it all.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct LinkRate(Option<f64>);
+
+impl LinkRate {
+    /// Takes in a round that was sent as `stats` say and answered `drained` after its last write, over a
+    /// link that answers in `round_trip`. The rate in bytes per second, as of the last round in which
+    /// the link was the bottleneck.
+    pub fn after(
+        &mut self,
+        stats: &RoundStats,
+        drained: Duration,
+        round_trip: Duration,
+    ) -> Option<f64> {
+        let waited = (stats.blocked + drained.saturating_sub(round_trip)).as_secs_f64();
+        if stats.bytes >= MEASURED && waited > WAITED * (stats.took + drained).as_secs_f64() {
+            self.0 = Some(stats.bytes as f64 / waited);
+        }
+        self.0
     }
 }
 

@@ -163,3 +163,22 @@ fn what_to_do_is_named_in_lower_case() {
     }
     assert!("Stop".parse::<OnDiverge>().unwrap_err().contains("none of"));
 }
+
+/// A round of `bytes` that blocked for so long, and was answered so long after its last write, ms.
+fn seen(link: &mut LinkRate, bytes: u64, took: u64, blocked: u64, drained: u64) -> Option<u64> {
+    let stats = RoundStats { bytes, took: ms(took), blocked: ms(blocked), ..RoundStats::default() };
+    link.after(&stats, ms(drained), ms(1)).map(|rate| (rate / 1e6).round() as u64)
+}
+
+#[test]
+fn what_buffers_on_the_way_hold_is_not_yet_sent() {
+    let mut link = LinkRate::default();
+    // The processor, and not the link, is what such a round waits for.
+    assert_eq!(seen(&mut link, 50_000_000, 500, 20, 2), None);
+    assert_eq!(seen(&mut link, 67_000_000, 540, 500, 41), Some(124));
+    // All of it fits into the buffers.
+    assert_eq!(seen(&mut link, 6_000_000, 10, 0, 51), Some(120));
+    // Too few bytes to tell, and a round that the link does not hold up: as before.
+    assert_eq!(seen(&mut link, 40_000, 1, 0, 4), Some(120));
+    assert_eq!(seen(&mut link, 50_000_000, 500, 20, 2), Some(120));
+}

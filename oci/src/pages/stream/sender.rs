@@ -20,8 +20,6 @@ use super::worker::{Pace, PageSource, Tables, Worker, lock};
 const NICE: i32 = 19;
 /// Pages that are worth another thread.
 const WORTH_A_THREAD: u64 = 128;
-/// Bytes of a round that are enough to measure the link.
-const MEASURE: u64 = 4 << 20;
 
 /// How memory is sent.
 #[derive(Debug, Clone)]
@@ -71,8 +69,6 @@ pub struct Sender {
     unhashed: Vec<(u32, Range<u64>)>,
     vanished: Vec<(i32, Range<u64>)>,
     began: Instant,
-    /// Bytes per second.
-    link: Option<f64>,
     failed: bool,
 }
 
@@ -91,7 +87,6 @@ impl Sender {
             unhashed: Vec::new(),
             vanished: Vec::new(),
             began: now,
-            link: None,
             failed: false,
             options,
         }
@@ -154,10 +149,6 @@ impl Sender {
         stats.round = self.round;
         stats.frozen = frozen;
         stats.took = begin.elapsed();
-        if stats.bytes >= MEASURE && stats.blocked.as_secs_f64() > 0.2 * stats.took.as_secs_f64() {
-            self.link = Some(stats.bytes as f64 / stats.blocked.as_secs_f64());
-        }
-        stats.link = self.link;
         self.failed = false;
         Ok(stats)
     }

@@ -35,7 +35,8 @@ pub struct RoundStats {
     pub blocked: Duration,
     /// Time in which nothing was written because of the bandwidth that was set.
     pub limited: Duration,
-    /// Rate of the link in bytes per second, as far as it was ever the bottleneck.
+    /// Rate of the link in bytes per second, as far as it was ever the bottleneck; `None` for the
+    /// sender alone, see [`LinkRate`](crate::pages::rounds::LinkRate).
     pub link: Option<f64>,
     /// Stops of processes to track what is new in them; the tracker's, and 0 for the sender alone.
     pub stops: u32,
