@@ -101,7 +101,7 @@ pub struct Status {
     pub faults: u64,
     /// Those answered by zeros.
     pub zero_pages: u64,
-    /// Those answered by a page of the store.
+    /// Pages of the store that came with a fault: the one that was asked for, and some behind it.
     pub fault_pages: u64,
     /// Pages filled in the background.
     pub filled: u64,

@@ -1,11 +1,11 @@
-//! One fault: the page from the store, or a page of zeros.
+//! One fault: the page from the store with those behind it, or a page of zeros.
 
 use super::super::points::{self, Point};
 use super::super::shared::{self, Word};
 use super::super::uffd;
 use super::{Place, Worker};
 use crate::pages::PAGE;
-use crate::pages::store::{Set, bits};
+use crate::pages::store::{CHUNK, Set, bits};
 
 /// What came of an attempt to fill pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +38,9 @@ impl Outcome {
     }
 }
 
+/// Pages that come with the one that a task waits for: those behind it are likely to be next, and a
+/// fault costs more than they all do.
+const AROUND: u32 = 16;
 /// How often a task that changes its memory is asked for its messages before it is its turn again.
 const ATTEMPTS: u32 = 64;
 
@@ -82,15 +85,13 @@ impl Worker<'_> {
     }
 
     fn serve_one(&mut self, at: usize, addr: u64) {
+        let mut most = AROUND;
         for _ in 0..ATTEMPTS {
             let Some(context) = &self.contexts[at] else { return };
             let fd = context.fd;
-            let place = context.segments.at(addr).and_then(|segment| {
-                let place = self.place(context.space, segment.orig)?;
-                bits::is_set(&context.pending[place.chunk], place.page).then_some(place)
-            });
-            let outcome = match place {
-                Some(place) => self.copy(at, place, 1, addr),
+            let found = self.wanted(at, addr, most);
+            let outcome = match found {
+                Some((place, pages)) => self.copy(at, place, pages, addr),
                 // Not in the store, dropped by the task, or in already.
                 None => match Outcome::of(uffd::zero(fd, addr, PAGE)) {
                     Outcome::Exists => {
@@ -102,10 +103,13 @@ impl Worker<'_> {
             };
             match outcome {
                 Outcome::Filled(_) | Outcome::Exists => {
-                    let word = if place.is_some() { Word::ByFault } else { Word::Zeros };
-                    return self.shared.add(word, 1);
+                    let word = if found.is_some() { Word::ByFault } else { Word::Zeros };
+                    let pages = if let Outcome::Filled(pages) = outcome { pages } else { 1 };
+                    return self.shared.add(word, u64::from(pages));
                 }
                 Outcome::Again => _ = self.read_events(at),
+                // Those after it are not mapped with it.
+                Outcome::Missing if most > 1 && found.is_some() => most = 1,
                 // Unmapped meanwhile: it looks again, and finds that out by itself.
                 Outcome::Missing => {
                     let _ = uffd::wake(fd, addr, PAGE);
@@ -119,6 +123,24 @@ impl Worker<'_> {
         if let Some(context) = &self.contexts[at] {
             let _ = uffd::wake(context.fd, addr, PAGE);
         }
+    }
+
+    /// Where the page at `addr` is if it is still to come, and how many that lie behind each other from
+    /// there on, at most `most`.
+    fn wanted(&self, at: usize, addr: u64, most: u32) -> Option<(Place, u32)> {
+        let context = self.contexts[at].as_ref()?;
+        let segment = context.segments.at(addr)?;
+        let place = self.place(context.space, segment.orig)?;
+        let pending = &context.pending[place.chunk];
+        let spilled = self.arena.bits(self.spaces[place.space].chunks[place.chunk].1, Set::Spilled);
+        let alike = |page| {
+            bits::is_set(pending, page)
+                && bits::is_set(&spilled, page) == bits::is_set(&spilled, place.page)
+        };
+        let end = (CHUNK / PAGE).min(u64::from(place.page) + segment.len / PAGE) as u32;
+        let pages = (place.page..end.min(place.page + most)).take_while(|page| alike(*page));
+        let pages = pages.count() as u32;
+        (pages > 0).then_some((place, pages))
     }
 
     /// A page cannot be given now. Never zeros instead: who waits for it goes on waiting, and filling

@@ -1,7 +1,7 @@
 //! The worker: answers page faults from the store, and fills the rest in the background.
 //!
 //! ```text
-//!          ┌─ messages of the tasks ─▶ events first (they move segments), then faults (one page each)
+//!          ┌─ messages of the tasks ─▶ events first (they move segments), then faults
 //!  poll ───┤
 //!          └─ nothing to read ───────▶ one step of filling: hot pages, then chunk by chunk
 //! ```
