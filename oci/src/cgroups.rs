@@ -4,6 +4,8 @@ use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
+use nix::sys::signal::Signal;
+
 /// Where cgroup hierarchies are mounted.
 const ROOT: &str = "/sys/fs/cgroup";
 
@@ -77,6 +79,22 @@ pub fn join(pid: u32, beside: u32) -> io::Result<()> {
     entered.into_iter().collect()
 }
 
+/// Kills what is in the cgroups of a container that never ran: tasks of a CRIU that was killed before it
+/// could end them. `path` is the `cgroupsPath` of its spec.
+pub fn kill_members(path: &Path) {
+    let mut found = Vec::new();
+    for folder in below(Path::new(ROOT), path) {
+        // Not every hierarchy has it.
+        let _ = collect(&folder, &mut found);
+    }
+    found.sort_unstable();
+    found.dedup();
+    for pid in found.into_iter().filter(|pid| *pid > 0) {
+        // It may have ended meanwhile.
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
+    }
+}
+
 /// Removes the empty cgroups of a container that never ran, where runc was killed before it could.
 /// `path` is the `cgroupsPath` of its spec; those that systemd makes are systemd's to remove. Whether
 /// none is left.
@@ -85,17 +103,22 @@ pub fn remove_empty(path: &Path) -> bool {
 }
 
 fn remove_below(root: &Path, path: &Path) -> bool {
+    // The kernel refuses those in which something runs.
+    let mut gone = true;
+    let folders = below(root, path).into_iter();
+    folders.for_each(|folder| gone &= fs::remove_dir(&folder).is_ok() || !folder.exists());
+    gone
+}
+
+/// The folders of a `cgroupsPath` in every hierarchy. None for one that is no plain path of its own.
+fn below(root: &Path, path: &Path) -> Vec<PathBuf> {
     let plain = |part| matches!(part, Component::RootDir | Component::Normal(_));
     if !path.is_absolute() || path == Path::new("/") || !path.components().all(plain) {
-        return true;
+        return Vec::new();
     }
     let relative = path.strip_prefix("/").unwrap_or(path);
     let hierarchies = fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
-    let folders = hierarchies.chain([root.to_owned()]).map(|folder| folder.join(relative));
-    // The kernel refuses those in which something runs.
-    let mut gone = true;
-    folders.for_each(|folder| gone &= fs::remove_dir(&folder).is_ok() || !folder.exists());
-    gone
+    hierarchies.chain([root.to_owned()]).map(|folder| folder.join(relative)).collect()
 }
 
 /// The parent of process `pid`; `None` when it is gone. That of a container's init is its shim.

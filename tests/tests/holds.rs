@@ -18,13 +18,13 @@ enum On {
     Destination,
 }
 
-/// Kills all processes `what` on a host at fault point `point`, and lets the migration go on. It may
-/// succeed or fail; there must be one container, and it must say where.
+/// Kills processes on a host as `pkill` finds them by `what`, at fault point `point`, and lets the
+/// migration go on. It may succeed or fail; there must be one container, and it must say where.
 fn killed(bed: &mut Bed, point: &str, on: On, what: &str) -> Result<()> {
     let when = format!("{what} killed on the {on:?} at {point}");
     let job = bed.stop_at(point, "").with_context(|| when.clone())?;
     let host = if on == On::Source { bed.source() } else { bed.destination() };
-    host.run(&format!("pkill -9 -x {what}")).with_context(|| format!("{when}: there is none"))?;
+    host.run(&format!("pkill -9 {what}")).with_context(|| format!("{when}: there is none"))?;
     let start = Instant::now();
     let output = bed.go_on(job).with_context(|| when.clone())?;
     println!("{when}: {:?}, {output}", start.elapsed());
@@ -48,7 +48,7 @@ fn runc_or_criu_killed_in_the_dump_leaves_the_container_as_it_was() -> Result<()
     // Held before the freeze, in it, and at its end; and when it is decided already.
     let phases = [Phase::Freeze, Phase::Dump, Phase::Transfer, Phase::Commit, Phase::Release];
     for point in phases.map(Phase::name).into_iter().chain(["announced"]) {
-        for what in ["criu", "runc"] {
+        for what in ["-x criu", "-x runc"] {
             killed(&mut bed, point, On::Source, what)?;
         }
     }
@@ -60,7 +60,8 @@ fn runc_or_criu_killed_in_the_restore_leaves_the_container_where_it_was() -> Res
     let mut bed = Bed::start()?;
     // Held before its images, with them, and with all of the container in place.
     for phase in [Phase::Freeze, Phase::Dump, Phase::Restore, Phase::Commit, Phase::Release] {
-        for what in ["criu", "runc"] {
+        // The last one leaves the tasks that CRIU has made.
+        for what in ["-x criu", "-x runc", "-o -x criu"] {
             killed(&mut bed, phase.name(), On::Destination, what)?;
         }
     }

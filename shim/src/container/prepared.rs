@@ -273,15 +273,20 @@ impl PreparedRestore {
                     tokio::select! {
                         biased;
                         held = line.held() => held,
+                        () = line.gone() => None,
                         _ = runc.child.wait() => None,
                     }
                 });
                 match held.await {
                     Ok(Some(pid)) if pid > 0 => Ok(pid),
-                    Ok(_) => Err(match attempt.runc.wait(END).await {
-                        Ok(()) => Error::internal("runc has ended before the restore"),
-                        Err(err) => explain(err, "restore", &attempt.log),
-                    }),
+                    Ok(_) => {
+                        // CRIU has gone, and its tasks with it, unless it was killed.
+                        container.kill_tasks();
+                        Err(match attempt.runc.wait(END).await {
+                            Ok(()) => Error::internal("runc has ended before the restore"),
+                            Err(err) => explain(err, "restore", &attempt.log),
+                        })
+                    }
                     Err(_) => {
                         attempt.runc.child.kill_group();
                         let err = Error::deadline_exceeded(format!("not held after {deadline:?}"));

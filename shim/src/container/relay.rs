@@ -24,6 +24,8 @@ use nix::cmsg_space;
 use nix::sys::socket::{
     ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg, setsockopt, sockopt,
 };
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::io::unix::AsyncFd;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
@@ -165,6 +167,27 @@ impl Line {
         let mut progress = self.progress.clone();
         let seen = progress.wait_for(|p| p.held.is_some() || p.ended == Some(false)).await.ok()?;
         seen.held
+    }
+
+    /// Waits until CRIU's first process has ended. The tasks that it has made may keep the line open, and
+    /// wait for it.
+    pub(crate) async fn gone(&self) {
+        let mut progress = self.progress.clone();
+        let pid = progress.wait_for(|p| p.pid.is_some()).await.ok().and_then(|p| p.pid);
+        match pid.and_then(Pid::from_raw).map(|pid| pidfd_open(pid, PidfdFlags::NONBLOCK)) {
+            Some(Err(Errno::SRCH)) => return,
+            Some(Ok(process)) => {
+                // Ready once the process has ended.
+                if let Ok(process) = register(process)
+                    && process.readable().await.is_ok()
+                {
+                    return;
+                }
+            }
+            _ => {}
+        }
+        // It cannot be watched: the line tells, later.
+        std::future::pending().await
     }
 
     /// Waits until the restored tasks run; false when they never will.

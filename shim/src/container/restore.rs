@@ -21,6 +21,8 @@ use tokio::time::{sleep, timeout};
 const DEADLINE: Duration = Duration::from_secs(600);
 /// How long a refused restore may take to undo itself.
 const UNDO: Duration = Duration::from_secs(20);
+/// How long CRIU may take to end its tasks in good order.
+const ORDERLY: Duration = Duration::from_millis(500);
 /// How long tasks that were killed may take to leave their cgroups, and how often that is looked at.
 const TASKS: Duration = Duration::from_secs(2);
 const BETWEEN: Duration = Duration::from_millis(20);
@@ -226,6 +228,10 @@ impl Container {
         if let Some(init) = init {
             let _ = self.runtime.reaper.signal(init.pid(), 9);
         }
+        // CRIU ends its tasks itself, unless it was killed.
+        if timeout(ORDERLY, attempt.runc.child.wait()).await.is_err() {
+            self.kill_tasks();
+        }
         if let Err(err) = attempt.runc.wait(UNDO).await {
             log::debug!("the restore of {} has ended: {err}", self.id);
         }
@@ -239,12 +245,23 @@ impl Container {
         }
         self.record_exit(Exit::now(NEVER_RAN));
     }
+
+    /// Kills whatever a restore has made that has come to no good: runc would wait 10 s for it, and leave
+    /// it alive.
+    pub(super) fn kill_tasks(&self) {
+        match self.cgroups_path() {
+            Ok(Some(path)) => ferry_oci::cgroups::kill_members(&path),
+            Ok(None) => {}
+            Err(err) => warn!("kill the tasks of {}: {err}", self.id),
+        }
+    }
 }
 
-/// Of a restore whose runc was killed before it could. Its tasks may still be ending.
+/// Of a restore whose runc was killed before it could. Its tasks may still be there.
 async fn remove_cgroups(path: &Path) {
     let start = Instant::now();
     while !ferry_oci::cgroups::remove_empty(path) && start.elapsed() < TASKS {
+        ferry_oci::cgroups::kill_members(path);
         sleep(BETWEEN).await;
     }
 }
