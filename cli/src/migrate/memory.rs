@@ -7,7 +7,7 @@
 //! any stream.
 
 use std::collections::BTreeMap;
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -21,6 +21,7 @@ use ferry_oci::pages::patch::Known;
 use ferry_oci::pages::rounds::{
     Diverging, LinkRate, OnDiverge, Policy, Round, Rounds, Throttle, Verdict,
 };
+use ferry_oci::pages::scan::{self, Pagemap};
 use ferry_oci::pages::stream::{
     Change, Compression, HashReader, Options, Processes, RoundStats, Sender,
 };
@@ -63,7 +64,9 @@ pub(super) struct Memory {
     hiding: Option<Hiding>,
     orders: Orders,
     /// Areas as read shortly before the freeze, by pid.
-    fresh: BTreeMap<i32, Layout>,
+    fresh: BTreeMap<i32, Fresh>,
+    /// CRIU is to look for guard pages everywhere: they have come where there had been none.
+    guards_come: bool,
     /// Less CPU time, and who gives it back if this process cannot.
     throttle: Option<(CpuQuota, Throttle, Guard)>,
     link: LinkRate,
@@ -71,6 +74,13 @@ pub(super) struct Memory {
     pub(super) made: Vec<RoundStats>,
     /// Taken while a round is made.
     at_work: Arc<Mutex<()>>,
+}
+
+/// What a process had a moment ago.
+struct Fresh {
+    layout: Layout,
+    /// Guard pages in hideable areas, if the kernel can tell.
+    guards: Option<Vec<Range<u64>>>,
 }
 
 /// What a round needs; moves to a blocking thread for it.
@@ -108,6 +118,7 @@ impl Memory {
             hiding: None,
             orders: Orders::default(),
             fresh: BTreeMap::new(),
+            guards_come: false,
             throttle: None,
             link: LinkRate::default(),
             made: Vec::new(),
@@ -276,8 +287,9 @@ impl Memory {
         self.write_orders(true)
     }
 
-    /// Reads the areas of every process again. Locks, advice and guards come and go without any trace
-    /// in maps, by which the tracker sees changes. Takes 12 ms for each GB, so before the last rounds.
+    /// Reads the areas of every process again, and where guard pages are. Locks, advice and guards come and
+    /// go without any trace in maps, by which the tracker sees changes. Takes 14 ms for each GB, so
+    /// before the last rounds.
     ///
     /// # Errors
     /// When the tracker is gone.
@@ -285,7 +297,12 @@ impl Memory {
         let engine = self.engine.as_ref().context("the tracker is gone")?;
         let pids = engine.tracker.layouts().into_iter().map(|process| process.pid);
         // One that has ended meanwhile is left out.
-        self.fresh = pids.filter_map(|pid| Some((pid, Layout::read(pid).ok()?))).collect();
+        let read = |pid| {
+            let layout = Layout::read(pid).ok()?;
+            let guards = guards(pid, &layout);
+            Some((pid, Fresh { layout, guards }))
+        };
+        self.fresh = pids.filter_map(read).collect();
         Ok(())
     }
 
@@ -293,9 +310,9 @@ impl Memory {
     pub(super) fn known(&mut self) -> Result<Known> {
         self.read_areas()?;
         let mut known = Known::default();
-        for (pid, layout) in &self.fresh {
+        for (pid, fresh) in &self.fresh {
             // One that has ended meanwhile is left out.
-            if let Err(error) = known.gather(*pid, &layout.areas) {
+            if let Err(error) = known.gather(*pid, &fresh.layout.areas) {
                 log::debug!("read pages of process {pid}: {error}");
             }
         }
@@ -321,10 +338,13 @@ impl Memory {
         let mut tasks = Vec::new();
         for process in engine.tracker.layouts() {
             let fresh = self.fresh.get(&process.pid);
-            let fresh = fresh.filter(|fresh| fresh.maps == process.layout.maps);
-            let smaps = fresh.map_or(&process.layout.smaps, |fresh| &fresh.smaps);
+            let fresh = fresh.filter(|fresh| fresh.layout.maps == process.layout.maps);
+            let smaps = fresh.map_or(&process.layout.smaps, |fresh| &fresh.layout.smaps);
             let smaps = with_smaps.then(|| hiding.store_smaps(process.pid, smaps)).transpose()?;
-            tasks.push(task(&process, smaps));
+            // Those of a moment ago say nothing once the areas are others.
+            let guards = fresh.filter(|_| with_smaps && !self.guards_come);
+            let guards = guards.and_then(|fresh| fresh.guards.as_deref());
+            tasks.push(task(&process, smaps, guards));
         }
         self.orders = Orders { tasks };
         match hiding.write(&self.orders) {
@@ -332,6 +352,24 @@ impl Memory {
             Err(HideError::Range(..)) if with_smaps => Ok(()),
             written => Ok(written?),
         }
+    }
+
+    /// After the last round: CRIU must have looked for guard pages wherever there are some.
+    ///
+    /// # Errors
+    /// When some were set just before the freeze where there had been none.
+    pub(super) fn check_guards(&mut self) -> Result<()> {
+        let engine = self.engine.as_ref().context("the tracker is gone")?;
+        for (pid, guards) in engine.tracker.guards() {
+            let hidden = self.orders.tasks.iter().filter(|task| task.pid == pid);
+            let mut blind = hidden.flat_map(|task| &task.ranges).filter(|range| !range.guards);
+            if blind.any(|range| guards.iter().any(|g| g.start < range.end && range.start < g.end))
+            {
+                self.guards_come = true;
+                bail!("process {pid} has set guard pages just now");
+            }
+        }
+        Ok(())
     }
 
     /// Adds what really happened to `happened`.
@@ -359,9 +397,15 @@ impl Memory {
         let (mut warning, mut seen) = (None, Vec::new());
         for process in engine.tracker.layouts() {
             // What is hidden, or would be: the store has just that.
-            let served = task(&process, None);
+            let served = task(&process, None, None);
             let hidden = self.orders.tasks.iter().find(|task| task.pid == process.pid);
-            if hidden.is_none_or(|hidden| hidden.ranges != served.ranges) && self.hiding.is_some() {
+            let same = |hidden: &HiddenTask| {
+                let addresses = |task: &HiddenTask| -> Vec<_> {
+                    task.ranges.iter().map(|range| (range.start, range.end)).collect()
+                };
+                addresses(hidden) == addresses(&served)
+            };
+            if !hidden.is_some_and(same) && self.hiding.is_some() {
                 bail!("process {} has changed its areas in the freeze", process.pid);
             }
             match ferry_oci::criu::check(images, process.space, &served.ranges) {
@@ -406,13 +450,31 @@ impl Engine {
     }
 }
 
-fn task(process: &ProcessLayout, smaps: Option<StoredSmaps>) -> HiddenTask {
+/// Where guard pages lie in the hideable areas of process `pid`; `None` when that cannot be told.
+fn guards(pid: i32, layout: &Layout) -> Option<Vec<Range<u64>>> {
+    if !scan::lists_guards() {
+        return None;
+    }
+    let (pagemap, mut found) = (Pagemap::open(pid).ok()?, Vec::new());
+    let looked = layout.hideable().into_iter().map(|range| pagemap.guards(range, &mut found));
+    looked.collect::<std::io::Result<()>>().ok()?;
+    Some(found)
+}
+
+/// What is hidden of a process. `guards` are all its guard pages, if that is known.
+fn task(
+    process: &ProcessLayout,
+    smaps: Option<StoredSmaps>,
+    guards: Option<&[Range<u64>]>,
+) -> HiddenTask {
+    let has_guards = |start, end| {
+        guards.is_none_or(|guards| guards.iter().any(|g| g.start < end && start < g.end))
+    };
     let ranges = process.layout.areas.iter().filter(|area| area.hideable());
     let ranges = ranges.map(|area| HiddenRange {
         start: area.start,
         end: area.end,
-        // They can be set until the freeze, without any trace in maps.
-        guards: true,
+        guards: has_guards(area.start, area.end),
     });
     HiddenTask { pid: process.pid, ranges: ranges.collect(), smaps }
 }

@@ -312,7 +312,7 @@ async fn dump(
         let _ = done.send(true);
         dumped
     };
-    let (dumped, sent) = match memory {
+    let (dumped, sent) = match &mut memory {
         None => tokio::join!(dump, images.send_early(link, &mut is_done)),
         Some(memory) if memory.areas_unchanged()? => tokio::join!(dump, async {
             memory.last_round(link).await?;
@@ -326,7 +326,8 @@ async fn dump(
         }
     };
     answers += sent?;
-    match dumped {
+    let right = memory.map_or(Ok(()), |memory| memory.check_guards());
+    match dumped.and_then(|dumped| right.map(|()| dumped)) {
         Ok(dumped) => Ok((dumped, images, answers)),
         Err(error) => {
             for _ in 0..answers {

@@ -301,6 +301,12 @@ impl Tracker {
         Ok(check)
     }
 
+    /// Guard pages in the hideable areas of every process, by pid, as of the frozen round; nothing where the
+    /// kernel cannot [list them](scan::lists_guards).
+    pub fn guards(&self) -> impl Iterator<Item = (i32, &[Range<u64>])> {
+        self.spaces.values().map(|space| (space.pid, space.guards.as_slice()))
+    }
+
     /// The areas of every process as of the last round.
     pub fn layouts(&self) -> Vec<ProcessLayout> {
         let layout =

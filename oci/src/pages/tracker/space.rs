@@ -57,6 +57,8 @@ pub(super) struct Space {
     /// last round found written.
     owed: Ranges,
     locked: u64,
+    /// Guard pages in hideable areas, as the frozen round has found them.
+    pub(super) guards: Ranges,
 }
 
 /// What a round found, before it is compared with what was known.
@@ -64,6 +66,7 @@ pub(super) struct Space {
 struct Found {
     present: Vec<Range<u64>>,
     written: Vec<Range<u64>>,
+    guards: Vec<Range<u64>>,
 }
 
 impl Found {
@@ -95,6 +98,7 @@ impl Space {
             present: Ranges::default(),
             owed: Ranges::default(),
             locked: 0,
+            guards: Ranges::default(),
         })
     }
 
@@ -183,6 +187,7 @@ impl Space {
                 // Part of it is not what was registered: so every page is looked at.
                 Err(error) if is_eperm(&error) => {
                     let mut regions = Vec::new();
+                    look_for_guards(&pagemap, run.clone(), &mut found)?;
                     pagemap.present(run, Mode::Look, &mut regions)?;
                     found.add(regions);
                 }
@@ -190,9 +195,11 @@ impl Space {
             }
         }
         for area in others {
+            look_for_guards(&pagemap, area.range(), &mut found)?;
             look(kind, &pagemap, area, &mut found)?;
         }
         self.settle(&pagemap, &runs, doubt, &mut found)?;
+        self.guards = Ranges::of(std::mem::take(&mut found.guards));
         Ok(self.compare(found, changed))
     }
 
@@ -221,6 +228,8 @@ impl Space {
         let vanished = vanished.intersection(runs);
         let mut regions = Vec::new();
         for range in doubt.union(&vanished).as_slice() {
+            // None of them is ever protected.
+            look_for_guards(pagemap, range.clone(), found)?;
             pagemap.present(range.clone(), Mode::Look, &mut regions)?;
         }
         found.add(regions);
@@ -278,6 +287,10 @@ fn vanished(known: &Ranges, mut exists: impl FnMut(u64) -> io::Result<bool>) -> 
 /// Whether the kernel has to be asked for every single page.
 fn by_words(kind: Kind) -> bool {
     kind == Kind::SoftDirty || !scan::available()
+}
+
+fn look_for_guards(pagemap: &Pagemap, range: Range<u64>, found: &mut Found) -> io::Result<()> {
+    if scan::lists_guards() { pagemap.guards(range, &mut found.guards) } else { Ok(()) }
 }
 
 /// Lists the pages of an area without changing anything.

@@ -247,6 +247,32 @@ fn guard_pages_are_not_listed() {
 }
 
 #[test]
+fn guard_pages_are_found_in_the_freeze() {
+    need_write_protect!("guard_pages_are_found_in_the_freeze");
+    // 102 sets them, 103 takes them away.
+    for kind in [Kind::WriteProtect, Kind::None] {
+        let mut t = Tracked::new(kind);
+        let a = t.workload.address("map a 2000 rw");
+        t.tell("fill a 0 2000 1");
+        if t.tell("advise a 1205 1207 102") != "ok" || !crate::pages::scan::lists_guards() {
+            println!("skipped: guard_pages_are_found_in_the_freeze: not in this kernel");
+            return;
+        }
+        let found = |t: &mut Tracked| -> Vec<u64> {
+            t.finish();
+            let ranges = t.tracker.guards().flat_map(|(_, ranges)| ranges);
+            ranges.flat_map(|r| (r.start - a) / PAGE..(r.end - a) / PAGE).collect()
+        };
+        t.round();
+        // After the last round beside it.
+        t.tell("advise a 5 6 102");
+        assert_eq!(found(&mut t), [5, 1205, 1206], "{kind:?}");
+        t.tell("advise a 1205 1207 103");
+        assert_eq!(found(&mut t), [5], "{kind:?}");
+    }
+}
+
+#[test]
 fn the_zero_page_is_never_listed() {
     need_write_protect!("the_zero_page_is_never_listed");
     let mut t = Tracked::new(Kind::WriteProtect);
