@@ -7,7 +7,7 @@
 //! any stream.
 
 use std::collections::BTreeMap;
-use std::ops::{Range, RangeInclusive};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use ferry_oci::criu::{HiddenRange, HiddenTask, HideError, Hiding, Orders, Stored
 use ferry_oci::pages::areas::Layout;
 use ferry_oci::pages::patch::Known;
 use ferry_oci::pages::rounds::{
-    Diverging, LinkRate, OnDiverge, Policy, Round, Rounds, Throttle, Verdict,
+    Diverging, LastRounds, LinkRate, OnDiverge, Policy, Round, Rounds, Throttle, Verdict,
 };
 use ferry_oci::pages::scan::{self, Pagemap};
 use ferry_oci::pages::stream::{
@@ -35,11 +35,6 @@ use crate::wire::stream;
 
 /// How long the destination may take to store a round, beyond its transfer.
 const STORE: Duration = Duration::from_secs(120);
-
-/// How many short rounds there are just before the freeze.
-const LAST_ROUNDS: RangeInclusive<u32> = 2..=20;
-/// What the last round may cost beyond what the dump hides.
-const HIDDEN: Duration = Duration::from_millis(1);
 
 /// How the operator wants memory to be copied.
 #[derive(Debug, Clone)]
@@ -200,25 +195,14 @@ impl Memory {
         Ok(Round::new(before.map(|before| start - before), start.elapsed(), &stats))
     }
 
-    /// Rounds just before the freeze: each lists what the one before it took to send. So many that the
-    /// last one hides behind the dump, if that can be had.
+    /// Rounds just before the freeze, once everything else is ready for it.
     ///
     /// # Errors
     /// When the connection breaks.
     pub(super) async fn last_live_rounds(&mut self, link: &mut Link) -> Result<()> {
-        let policy = Policy {
-            downtime_target: self.wishes.downtime_target.min(Policy::default().fixed + HIDDEN),
-            max_rounds: *LAST_ROUNDS.end(),
-            patience: 2,
-            ..Policy::default()
-        };
-        let mut rounds = Rounds::new(policy);
-        loop {
-            let verdict = rounds.after(self.live_round(link).await?);
-            if verdict != Verdict::Again && rounds.made() >= *LAST_ROUNDS.start() {
-                return Ok(());
-            }
-        }
+        let mut rounds = LastRounds::new(self.wishes.downtime_target);
+        while !rounds.enough(self.live_round(link).await?) {}
+        Ok(())
     }
 
     /// The last round. The container is frozen; the answer to it is still to come.

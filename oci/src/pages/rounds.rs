@@ -10,6 +10,7 @@
 //! freeze would find, if that comes no later after it than its interval was long.
 
 use std::collections::VecDeque;
+use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -24,6 +25,12 @@ const OVERHEAD: f64 = 14.0;
 const MEASURED: u64 = 1 << 20;
 /// Part of its time that a round has to wait for the link before that is the bottleneck.
 const WAITED: f64 = 0.2;
+/// How many rounds there are just before the freeze.
+const LAST: RangeInclusive<u32> = 2..=20;
+/// What the round in the freeze may cost beyond what the dump hides.
+const UNHIDDEN: Duration = Duration::from_millis(1);
+/// Rounds just before the freeze that take longer will not come down to that.
+const SHORT: Duration = Duration::from_secs(1);
 /// A round has made progress when it lists less than this part of the best before it.
 const PROGRESS: f64 = 0.9;
 
@@ -274,6 +281,30 @@ impl Rounds {
     pub fn expected_pause(&self) -> Option<Duration> {
         let link = self.recent.back()?.link;
         Some(self.policy.pause(self.expected_pages()?, link))
+    }
+}
+
+/// Short rounds just before the freeze: each lists what the one before it took to send. They go on
+/// until the dump hides what is left, as long as they come closer to that.
+#[derive(Debug, Clone)]
+pub struct LastRounds(Rounds);
+
+impl LastRounds {
+    /// For a pause that is aimed at.
+    pub fn new(downtime_target: Duration) -> Self {
+        let policy = Policy::default();
+        Self(Rounds::new(Policy {
+            downtime_target: downtime_target.min(policy.fixed + UNHIDDEN),
+            max_rounds: *LAST.end(),
+            patience: 2,
+            ..policy
+        }))
+    }
+
+    /// Takes in a round. Whether it is time to freeze.
+    pub fn enough(&mut self, round: Round) -> bool {
+        let stop = self.0.after(round) != Verdict::Again || round.took > SHORT;
+        stop && self.0.made() >= *LAST.start()
     }
 }
 

@@ -143,6 +143,38 @@ fn a_container_that_writes_a_tenth_of_what_is_copied_converges_in_a_few_rounds()
     assert!(rounds <= 5 && found < 17_000, "{rounds} rounds, {found} pages");
 }
 
+/// A container that writes `rate` of its `set` pages a second, sent at `speed` pages a second after
+/// everything was made ready for 0.2 s: rounds, and pages that a freeze finds.
+fn simulate_last(set: f64, rate: f64, speed: f64) -> (u32, u64) {
+    let dirty = |seconds: f64| set * (1.0 - (-rate * seconds / set).exp());
+    let (mut rounds, mut interval) = (LastRounds::new(ms(30)), 0.2);
+    loop {
+        let pages = dirty(interval);
+        let took = 0.002 + pages / speed;
+        let enough = rounds.enough(Round {
+            interval: Some(Duration::from_secs_f64(interval)),
+            pages: pages as u64,
+            took: Duration::from_secs_f64(took),
+            link: Some(speed * 4096.0),
+        });
+        interval = took;
+        if enough {
+            return (rounds.0.made(), dirty(took) as u64);
+        }
+    }
+}
+
+#[test]
+fn the_last_rounds_go_on_until_the_dump_hides_what_is_left() {
+    // 100 MB/s over 1 Gbit/s.
+    let (rounds, pages) = simulate_last(16_400.0, 25_000.0, 30_500.0);
+    assert!((5..=20).contains(&rounds) && pages < 600, "{rounds} rounds, {pages} pages");
+    assert_eq!(simulate_last(16_400.0, 0.0, 30_500.0).0, 2, "nothing to wait for");
+    let (rounds, _) = simulate_last(16_400.0, 100_000.0, 30_500.0);
+    assert!((3..=5).contains(&rounds), "{rounds} rounds that bring nothing");
+    assert_eq!(simulate_last(1e6, 250_000.0, 30_500.0).0, 2, "rounds that take seconds");
+}
+
 #[test]
 fn throttling_goes_down_in_steps_of_its_own_use_and_ends() {
     let mut throttle = Throttle::new(1.5);
