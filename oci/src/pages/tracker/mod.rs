@@ -302,7 +302,7 @@ impl Tracker {
     }
 
     /// Guard pages in the hideable areas of every process, by pid, as of the frozen round; nothing where the
-    /// kernel cannot [list them](scan::lists_guards).
+    /// kernel cannot [list them](super::scan::lists_guards).
     pub fn guards(&self) -> impl Iterator<Item = (i32, &[Range<u64>])> {
         self.spaces.values().map(|space| (space.pid, space.guards.as_slice()))
     }
