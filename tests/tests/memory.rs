@@ -193,6 +193,7 @@ fn no_fast_path_falls_back_silently() -> Result<()> {
     let happened = &report["happened"];
     for (what, expected) in [
         ("scans_hidden", true),
+        ("guard_scans_hidden", true),
         ("smaps_given", true),
         ("smaps_real", false),
         ("tmpfs", true),
@@ -321,6 +322,39 @@ fn moves_on_at_once(keys: u32) -> Result<()> {
 #[test]
 fn a_container_whose_pages_are_being_filled_is_moved_again_unharmed() -> Result<()> {
     moves_on_at_once(60_000)
+}
+
+/// Makes a page of a held area a guard, asked from the host itself: the others look for it elsewhere.
+fn guard(host: &Host, page: u32) -> Result<()> {
+    let ask =
+        format!("exec 3<>/dev/tcp/127.0.0.1/7778; echo guard {page} >&3; read -r x <&3; echo $x");
+    let answer = host.run(&format!("bash -c '{ask}'"))?.stdout;
+    ensure!(answer.trim() == "ok", "guard {page}: {answer:?}");
+    Ok(())
+}
+
+#[test]
+fn guard_pages_cross_that_were_set_long_ago_and_just_before_the_freeze() -> Result<()> {
+    let scene = Scene::start()?;
+    let mut memory = scene.start_memory("a", "hold --kind guarded --megabytes 16", "")?;
+    let ip = format!("--ip {FLOATING}/24 --json");
+    // Its second question needs no new memory, and CRIU was told that there are no guards.
+    guard(scene.host("a"), 7)?;
+    guard(scene.host("a"), 7)?;
+    let job = stop_at(&scene, "mem", "announced", ("a", "b"), &ip)?;
+    guard(scene.host("a"), 5)?;
+    go_on(scene.host("a"))?;
+    let output = job.wait(Duration::from_secs(60))?.checked("ferry migrate")?;
+    let report: Value = serde_json::from_str(&output.stdout)?;
+    ensure!(report["warnings"].to_string().contains("has set guard pages just now"), "{report}");
+    memory.check()?;
+    wait_for_fill(scene.host("b"))?;
+    guard(scene.host("b"), 2000)?;
+    memory.check()?;
+    let report = move_to(&scene, "mem", "a", "")?;
+    ensure!(report["warnings"].as_array().is_some_and(Vec::is_empty), "{report}");
+    ensure!(report["happened"]["guard_scans_hidden"].as_u64() > Some(0), "{report}");
+    memory.check().map(drop)
 }
 
 #[test]

@@ -363,6 +363,7 @@ impl Memory {
         match report.map(Option::flatten) {
             Ok(Some(report)) => {
                 happened.scans_hidden = report.scans_hidden;
+                happened.guard_scans_hidden = report.guard_scans_hidden;
                 happened.smaps_given = report.smaps_given;
                 happened.smaps_real = report.smaps_real;
             }

@@ -52,6 +52,8 @@ pub(crate) struct Happened {
     pub(crate) rounds: Vec<RoundStats>,
     /// Scans of CRIU's from which memory was hidden.
     pub(crate) scans_hidden: u64,
+    /// Scans for guard pages from which memory was hidden that has none.
+    pub(crate) guard_scans_hidden: u64,
     /// Copies of smaps that CRIU was given.
     pub(crate) smaps_given: u64,
     /// Those that it read itself.

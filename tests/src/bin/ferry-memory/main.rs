@@ -17,6 +17,7 @@
 //! check    ok 51200 pages | wrong: ...     all stops until every byte was looked at
 //! stats    one line of JSON
 //! guards stay | guards change     whether guard pages are made and taken away; they are at first
+//! guard PAGE                      of hold: makes that page a guard, or an empty page again
 //! ```
 //!
 //! It uses nothing but the standard library, so that `rustc` alone builds it, statically.
