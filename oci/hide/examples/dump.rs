@@ -6,7 +6,7 @@
 
 use ferry_oci::criu::{
     CONFIG_ENV, Config, FastTar, HiddenRange, HiddenTask, Hiding, NetworkLock, Orders, check,
-    guards_are_shown, pages_bytes,
+    pages_bytes,
 };
 use ferry_oci::freezer::Freezer;
 use std::error::Error;
@@ -158,16 +158,13 @@ fn inner_pid(pid: i32) -> Result<u32> {
 
 /// The mappings that CRIU restores lazily.
 fn lazy_ranges(smaps: &str) -> Result<Vec<HiddenRange>> {
-    let shown = guards_are_shown();
     let mut ranges = Vec::new();
     let mut last = None;
     for line in smaps.lines() {
         if let Some(flags) = line.strip_prefix("VmFlags:") {
             let has = |flag| flags.split_whitespace().any(|word| word == flag);
             let odd = ["lo", "ht", "dp", "io", "pf"].into_iter().any(has);
-            let guards = !shown || has("gu");
-            let range = last.take().filter(|_| !odd);
-            ranges.extend(range.map(|range| HiddenRange { guards, ..range }));
+            ranges.extend(last.take().filter(|_| !odd));
             continue;
         }
         let words: Vec<_> = line.split_whitespace().collect();

@@ -18,14 +18,12 @@
 #[allow(dead_code, reason = "the library uses the rest")]
 #[path = "../../hide/src/format.rs"]
 mod format;
-mod guards;
 mod probe;
 mod report;
 mod smaps;
 #[cfg(test)]
 mod tests;
 
-pub use guards::guards_are_shown;
 pub use probe::{CannotHide, Probe};
 pub use report::HideReport;
 pub use smaps::StoredSmaps;

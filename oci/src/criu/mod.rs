@@ -19,7 +19,7 @@ pub use config::{CONFIG_ENV, Config, NetworkLock};
 pub use gate::{DUMP_GATE, Gate, RESTORE_GATE, Waiting};
 pub use hidden::{
     CannotHide, HIDE_ENV, HiddenRange, HiddenTask, HideError, HideReport, Hiding, Orders, Probe,
-    StoredSmaps, find_library, guards_are_shown,
+    StoredSmaps, find_library,
 };
 pub use hold::{Hold, HoldError};
 pub use log::{Failure, failure, run_id, version};

@@ -177,7 +177,7 @@ fn difference(found: &Page, wanted: &Page) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kinds::{file_path, make};
+    use crate::kinds::{make, remove_files};
 
     #[test]
     fn every_kind_holds_what_its_marks_say_and_notices_a_changed_byte() {
@@ -201,7 +201,7 @@ mod tests {
             let wrong = area.verify_pages().unwrap_err();
             assert!(wrong.contains("differs in 1 words from word 511"), "{wrong}");
         }
-        let _ = std::fs::remove_file(file_path(std::process::id()));
+        remove_files(std::process::id());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use crate::Options;
 use crate::area::Area;
-use crate::kinds::{Kind, file_path};
+use crate::kinds::{Kind, remove_files};
 use crate::pattern::PAGE;
 use crate::server;
 use crate::sys::{self, Memory};
@@ -57,7 +57,7 @@ pub(crate) fn run(options: &Options) -> Result<(), String> {
         }
         sleep(Duration::from_millis(1));
     }
-    let _ = std::fs::remove_file(file_path(child.cast_unsigned()));
+    remove_files(child.cast_unsigned());
     result
 }
 

@@ -15,18 +15,19 @@ pub(crate) fn run(options: &Options) -> Result<(), String> {
         area.write(page, Mark::new(1, page as u64 + 1)).map_err(refused)?;
     }
     let area = Mutex::new(area);
-    let answer = move |question: &str| match (question.split_once(' '), area.lock()) {
-        (None, Ok(area)) if question == "check" => match area.verify() {
-            Ok(pages) => format!("ok {pages} pages"),
-            Err(wrong) => format!("wrong: {wrong}"),
-        },
-        (Some(("guard", page)), Ok(mut area)) => {
-            match page.parse().map(|page| area.toggle_guard(page)) {
+    let answer = move |question: &str| {
+        let (what, page) = question.split_once(' ').unwrap_or((question, ""));
+        match (what, area.lock()) {
+            ("check", Ok(area)) => match area.verify() {
+                Ok(pages) => format!("ok {pages} pages"),
+                Err(wrong) => format!("wrong: {wrong}"),
+            },
+            ("guard", Ok(mut area)) => match page.parse().map(|page| area.toggle_guard(page)) {
                 Ok(Ok(())) => "ok".to_owned(),
                 refused => format!("{refused:?}"),
-            }
+            },
+            _ => "say check or guard PAGE".to_owned(),
         }
-        _ => "say check or guard PAGE".to_owned(),
     };
     server::run(options.port, answer, || false)
 }

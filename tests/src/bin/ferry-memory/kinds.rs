@@ -154,7 +154,7 @@ pub(crate) fn make(kind: Kind, id: u32, pages: usize) -> io::Result<Area> {
         Kind::TmpfsFile => {
             let mut file = File::options();
             let file = file.read(true).write(true).create(true).truncate(true);
-            let file = file.open(format!("/dev/shm/ferry-memory-{}", std::process::id()))?;
+            let file = file.open(tmpfs_path(std::process::id()))?;
             file.set_len((pages * PAGE) as u64)?;
             Memory::map(pages, sys::READ_WRITE, sys::SHARED, file.as_raw_fd())?
         }
@@ -183,8 +183,19 @@ pub(crate) fn make(kind: Kind, id: u32, pages: usize) -> io::Result<Area> {
 }
 
 /// Where the file of [`Kind::File`] of process `pid` is.
-pub(crate) fn file_path(pid: u32) -> PathBuf {
+fn file_path(pid: u32) -> PathBuf {
     std::env::temp_dir().join(format!("ferry-memory-{pid}"))
+}
+
+/// Where that of [`Kind::TmpfsFile`] is.
+fn tmpfs_path(pid: u32) -> PathBuf {
+    format!("/dev/shm/ferry-memory-{pid}").into()
+}
+
+/// Removes the files of process `pid`.
+pub(crate) fn remove_files(pid: u32) {
+    let _ = std::fs::remove_file(file_path(pid));
+    let _ = std::fs::remove_file(tmpfs_path(pid));
 }
 
 fn file(pages: usize) -> io::Result<File> {

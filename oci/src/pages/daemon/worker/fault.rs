@@ -38,8 +38,8 @@ impl Outcome {
     }
 }
 
-/// Pages that come with the one that a task waits for: those behind it are likely to be next, and a
-/// fault costs more than they all do.
+/// Pages that come when a task waits for one: those behind it are likely to be next, and each fault
+/// wakes two processes.
 const AROUND: u32 = 16;
 /// How often a task that changes its memory is asked for its messages before it is its turn again.
 const ATTEMPTS: u32 = 64;
