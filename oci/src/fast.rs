@@ -31,6 +31,8 @@ pub enum Fast {
     Log,
     /// Idle processors do not sleep in the pause.
     Awake,
+    /// The kernel is ready for the breakpoints that CRIU sets: see [`crate::breakpoints`].
+    Breakpoints,
     /// Cgroups are left to runc.
     Cgroups,
     /// Memory is hidden from CRIU's dump.
@@ -46,7 +48,7 @@ pub enum Fast {
 
 impl Fast {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::HeldDump,
         Self::HeldRestore,
         Self::Freezer,
@@ -57,6 +59,7 @@ impl Fast {
         Self::Warm,
         Self::Log,
         Self::Awake,
+        Self::Breakpoints,
         Self::Cgroups,
         Self::Hide,
         Self::Tmpfs,
@@ -77,6 +80,7 @@ impl Fast {
             Self::Warm => "warm",
             Self::Log => "log",
             Self::Awake => "awake",
+            Self::Breakpoints => "breakpoints",
             Self::Cgroups => "cgroups",
             Self::Hide => "hide",
             Self::Tmpfs => "tmpfs",

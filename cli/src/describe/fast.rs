@@ -77,6 +77,10 @@ fn why_not(fast: Fast, facts: &Facts<'_>) -> Option<String> {
                 )
             })
         }
+        Fast::Breakpoints => [facts.source, facts.destination]
+            .into_iter()
+            .find(|h| !h.breakpoints)
+            .map(|host| format!("the kernel of {} has no performance events", host.hostname)),
         Fast::Log | Fast::Lock => {
             criu_locks.then(|| "no address moves: CRIU locks the connections".to_owned())
         }

@@ -5,6 +5,7 @@ use std::fs;
 use std::process::Command;
 
 use ferry_oci::awake::Awake;
+use ferry_oci::breakpoints::Breakpoints;
 use ferry_oci::criu::{FastTar, find_library};
 use ferry_oci::quarantine;
 use serde::{Deserialize, Serialize};
@@ -38,6 +39,8 @@ pub(crate) struct HostFacts {
     pub(crate) fast_tar: bool,
     /// Whether idle processors can be kept awake.
     pub(crate) awake: bool,
+    /// Whether the kernel can be made ready for breakpoints.
+    pub(crate) breakpoints: bool,
     /// Version of containerd.
     pub(crate) containerd: String,
     /// Version of this ferry.
@@ -65,6 +68,7 @@ impl HostFacts {
             hide_library: find_library().is_some(),
             fast_tar: FastTar::find().is_some(),
             awake: Awake::is_possible(),
+            breakpoints: Breakpoints::is_possible(),
             containerd,
             ferry: env!("CARGO_PKG_VERSION").to_owned(),
         }

@@ -26,6 +26,7 @@ pub(crate) fn host(name: &str) -> HostFacts {
         hide_library: true,
         fast_tar: true,
         awake: true,
+        breakpoints: true,
         containerd: "2.1".into(),
         ferry: "0.1.0".into(),
     }

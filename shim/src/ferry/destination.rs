@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ferry_oci::api::ferry::{Phase, ReleaseResponse, RestoreRequest, RestoreResponse};
-use ferry_oci::awake::Awake;
 use ferry_oci::criu::rpc::QUIET;
 use ferry_oci::criu::{DumpRecord, FastTar};
 use ferry_oci::fast::{self, Fast};
@@ -16,7 +15,8 @@ use log::warn;
 
 use super::lease::Lease;
 use super::moves::{Move, Side};
-use super::source::{awake, micros};
+use super::ready::Ready;
+use super::source::micros;
 use crate::container::{
     Container, Extras, Held, HoldParams, Network, PreparedRestore, RestoreParams,
 };
@@ -43,7 +43,7 @@ pub(super) struct AtDestination {
     /// What the dump has left out; CRIU has it once it holds the container.
     tmpfs: Option<Arriving>,
     /// As long as its clients wait.
-    awake: Option<Awake>,
+    ready: Ready,
 }
 
 impl AtDestination {
@@ -69,6 +69,7 @@ impl Move {
         let params = restore_params(&container, request, Some(&tmpfs));
         let decided = Some(paths::decided(migration));
         let fast = fast::parse(&request.fast);
+        let ready = Ready::prepare(&fast).await;
         let tar = fast.contains(&Fast::Tar).then(FastTar::find).flatten();
         let log_level = fast.contains(&Fast::Log).then_some(QUIET);
         let warm = fast.contains(&Fast::Warm);
@@ -89,7 +90,7 @@ impl Move {
             waiting: Some(waiting),
             held: None,
             tmpfs: Some(tmpfs),
-            awake: None,
+            ready,
         }));
         self.enter(Phase::PHASE_WAITING, migration);
         if !alive {
@@ -108,14 +109,17 @@ impl Move {
         lease: Lease,
     ) -> Result<RestoreResponse> {
         let start = Instant::now();
-        let awake = fast::parse(&request.fast).contains(&Fast::Awake).then(awake).flatten();
         let migration = &request.migration;
-        let (waiting, mut tmpfs) = match side {
-            Side::Destination(destination) => {
-                (destination.waiting.take(), destination.tmpfs.take())
-            }
-            _ => (None, None),
+        let (waiting, mut tmpfs, mut ready) = match side {
+            Side::Destination(destination) => (
+                destination.waiting.take(),
+                destination.tmpfs.take(),
+                std::mem::take(&mut destination.ready),
+            ),
+            // To make it ready would take as long as it saves.
+            _ => (None, None, Ready::default()),
         };
+        ready.wake(&fast::parse(&request.fast));
         let held = match waiting {
             Some(waiting) => {
                 let inventory = paths::images(migration).join(paths::INVENTORY_FILE);
@@ -153,7 +157,7 @@ impl Move {
             waiting: None,
             held: Some(held),
             tmpfs,
-            awake,
+            ready,
         }));
         self.enter(Phase::PHASE_HELD, migration);
         if !alive {
@@ -184,11 +188,9 @@ impl Move {
         // Undecided is over, and so is what hangs on the lease.
         self.enter(Phase::PHASE_RELEASING, &destination.migration);
         let released = held.release(RELEASE).await;
-        destination.awake = None;
         // Its clients wait for the answer.
-        if let Some(arriving) = destination.tmpfs.take() {
-            tokio::task::spawn_blocking(move || drop(arriving));
-        }
+        let over = (std::mem::take(&mut destination.ready), destination.tmpfs.take());
+        tokio::task::spawn_blocking(move || drop(over));
         match released {
             Ok(_) => {
                 self.enter(Phase::PHASE_RELEASED, &destination.migration);
@@ -215,7 +217,7 @@ impl Move {
             (None, Some(held)) => held.abort().await,
             (None, None) => return,
         }
-        destination.awake = None;
+        destination.ready = Ready::default();
         take_away(&mut destination.tmpfs).await;
         self.enter(Phase::PHASE_FAILED, &destination.migration);
     }

@@ -7,6 +7,7 @@
 //!   source.rs       freeze ─ dump ─ commit ─ retire, and thaw
 //!   netns.rs        the lock of a network namespace given by path
 //!   destination.rs  restore held ─ release, and abort
+//!   ready.rs        what the machine does otherwise while a pause is near
 //! ```
 //! `oci/proto/ferry.proto` documents the methods and their order.
 
@@ -14,6 +15,7 @@ mod destination;
 mod lease;
 mod moves;
 mod netns;
+mod ready;
 mod service;
 mod source;
 

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use ferry_oci::api::ferry::{
     DumpResponse, FreezeRequest, FreezeResponse, Phase, PrepareDumpRequest, PrepareDumpResponse,
 };
-use ferry_oci::awake::Awake;
 use ferry_oci::criu::rpc::QUIET;
 use ferry_oci::criu::{DumpOptions, FastTar, Hiding, NetworkLock, RECORD_FILE, find_library};
 use ferry_oci::fast::{self, Fast};
@@ -22,6 +21,7 @@ use log::warn;
 use super::lease::Lease;
 use super::moves::{Move, Side};
 use super::netns;
+use super::ready::Ready;
 use crate::container::{CheckpointParams, Container, Extras, PreparedDump, Reservation};
 use crate::error::{Context as _, Error, Result};
 use crate::state::Status;
@@ -52,8 +52,7 @@ pub(super) struct AtSource {
     /// What is announced again on a rollback, and where: the clients have been led away.
     announce: Option<(IpAddr, String)>,
     fast: Vec<Fast>,
-    /// As long as its clients wait.
-    awake: Option<Awake>,
+    ready: Ready,
     /// A dump that waits, or is held at its end.
     dump: Option<PreparedDump>,
     /// What that dump leaves out.
@@ -200,8 +199,8 @@ impl Move {
             given_netns,
             lock,
             announce,
+            ready: Ready::prepare(&fast).await,
             fast,
-            awake: None,
             dump: None,
             tmpfs: None,
             committed: false,
@@ -343,7 +342,7 @@ impl Move {
         {
             warn!("announce {ip} on {device} again: {error}");
         }
-        source.awake = None;
+        source.ready.rest();
         // Its clients are served again: taking the tables away takes 10 ms and more.
         let unlocked = source.remove_lock().await;
         let images = source.images();
@@ -368,7 +367,7 @@ impl Move {
         }
         record.write().context("write the record of the commit")?;
         source.committed = true;
-        source.awake = None;
+        source.ready.rest();
         self.enter(Phase::PHASE_COMMITTED, &source.migration);
         Ok(())
     }
@@ -405,6 +404,7 @@ impl Move {
             ended?;
         }
         source.reservation = None;
+        source.ready = Ready::default();
         match source.lock.take() {
             // Nothing leaves this namespace, and its next container needs it.
             Some(lock) if source.given_netns => {
@@ -430,7 +430,7 @@ struct Away<'a> {
 async fn freeze_and_lock(source: &mut AtSource, addresses: &[IpAddr]) -> Result<FreezeResponse> {
     source.reservation = Some(source.container.reserve("is being migrated")?);
     must_run(&source.container)?;
-    source.awake = source.takes(Fast::Awake).then(awake).flatten();
+    source.ready.wake(&source.fast);
     let took = freeze(source).await?;
     let start = Instant::now();
     if source.lock.is_none() {
@@ -441,11 +441,6 @@ async fn freeze_and_lock(source: &mut AtSource, addresses: &[IpAddr]) -> Result<
     }
     let freeze_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
     Ok(FreezeResponse { lock_us: micros(start), freeze_us, ..Default::default() })
-}
-
-/// Where the kernel refuses, processors sleep as ever.
-pub(super) fn awake() -> Option<Awake> {
-    Awake::keep().inspect_err(|error| warn!("keep the processors awake: {error}")).ok()
 }
 
 /// How long it took.
