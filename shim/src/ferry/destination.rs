@@ -31,6 +31,10 @@ const RELEASE: Duration = Duration::from_secs(900);
 /// down, and connections over it cannot be restored then.
 const LOOPBACK_UP: &str = r#"nsenter -t "$CRTOOLS_INIT_PID" -n ip link set lo up || exit 1"#;
 
+/// What is no longer needed after the release is put away so long after it. The driver takes longer to
+/// come to its end.
+const ANSWERS_FIRST: Duration = Duration::from_millis(40);
+
 /// What is held of a container at its destination.
 pub(super) struct AtDestination {
     pub(super) lease: Lease,
@@ -188,9 +192,12 @@ impl Move {
         // Undecided is over, and so is what hangs on the lease.
         self.enter(Phase::PHASE_RELEASING, &destination.migration);
         let released = held.release(RELEASE).await;
-        // Its clients wait for the answer.
+        // Its clients wait for their first answers, and each unmount waits for all processors.
         let over = (std::mem::take(&mut destination.ready), destination.tmpfs.take());
-        tokio::task::spawn_blocking(move || drop(over));
+        tokio::spawn(async move {
+            tokio::time::sleep(ANSWERS_FIRST).await;
+            tokio::task::spawn_blocking(move || drop(over)).await
+        });
         match released {
             Ok(_) => {
                 self.enter(Phase::PHASE_RELEASED, &destination.migration);

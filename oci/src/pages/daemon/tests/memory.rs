@@ -17,6 +17,16 @@ fn every_byte_is_right_by_faults_alone() {
 }
 
 #[test]
+fn zeros_come_with_those_behind_them() {
+    let status = Rig::restored(&[7], false, "marker;remove 0 1000;check").expect("status");
+    // What is left has a page of zeros for four others, one fault each.
+    let others = (task::PAGES as u64 - 1000).div_ceil(5) * 2;
+    let faults = 1000_u64.div_ceil(16) + others;
+    assert!((faults - 4..=faults + faults / 4).contains(&status.faults), "{status:?}");
+    assert!(status.zero_pages >= 1000, "{status:?}");
+}
+
+#[test]
 fn every_byte_is_right_by_filling() {
     let mut rig = Rig::ready(&[7]);
     rig.client.fill().expect("fill");

@@ -93,7 +93,7 @@ impl Worker<'_> {
             let outcome = match found {
                 Some((place, pages)) => self.copy(at, place, pages, addr),
                 // Not in the store, dropped by the task, or in already.
-                None => match Outcome::of(uffd::zero(fd, addr, PAGE)) {
+                None => match Outcome::of(uffd::zero(fd, addr, self.zeros(at, addr, most))) {
                     Outcome::Exists => {
                         let _ = uffd::wake(fd, addr, PAGE);
                         return;
@@ -109,7 +109,7 @@ impl Worker<'_> {
                 }
                 Outcome::Again => _ = self.read_events(at),
                 // Those after it are not mapped with it.
-                Outcome::Missing if most > 1 && found.is_some() => most = 1,
+                Outcome::Missing if most > 1 => most = 1,
                 // Unmapped meanwhile: it looks again, and finds that out by itself.
                 Outcome::Missing => {
                     let _ = uffd::wake(fd, addr, PAGE);
@@ -123,6 +123,14 @@ impl Worker<'_> {
         if let Some(context) = &self.contexts[at] {
             let _ = uffd::wake(context.fd, addr, PAGE);
         }
+    }
+
+    /// Length of the zeros from `addr` on, bytes: none of these pages is still to come. They take no
+    /// memory, as long as nobody writes there.
+    fn zeros(&self, at: usize, addr: u64, most: u32) -> u64 {
+        let behind = (1..u64::from(most)).map(|n| addr + n * PAGE);
+        let zeros = behind.take_while(|addr| self.wanted(at, *addr, 1).is_none()).count();
+        (zeros as u64 + 1) * PAGE
     }
 
     /// Where the page at `addr` is if it is still to come, and how many that lie behind each other from

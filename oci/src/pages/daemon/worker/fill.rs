@@ -10,6 +10,9 @@ use crate::pages::PAGE;
 use crate::pages::store::bits::{self, Bits};
 use crate::pages::store::{CHUNK, Set};
 
+/// Once the tasks run, faults alone are served for so long: what the tasks need to answer their clients
+/// comes by these, and filling would take the processor from them.
+const FAULTS_FIRST: Duration = Duration::from_millis(20);
 /// Filling begins by itself this long after the restore, if nobody said anything.
 const BY_ITSELF: Duration = Duration::from_secs(2);
 /// And this long after it if somebody said to wait, and was not heard of again.
@@ -79,7 +82,8 @@ impl Worker<'_> {
         let over = marker != 0;
         let early = self.fill.early < (self.left / 8).max(EARLY);
         match self.shared.get(Word::Fill) {
-            1 if over || early => Some(Duration::ZERO),
+            1 if over => Some(FAULTS_FIRST.saturating_sub(since)),
+            1 if early => Some(Duration::ZERO),
             0 if over => Some(BY_ITSELF.saturating_sub(since)),
             0 if self.is_held() => Some(Duration::ZERO),
             2 if over => Some(AT_LAST.saturating_sub(since)),
