@@ -63,6 +63,12 @@ pub fn decided(migration: &str) -> PathBuf {
     Path::new(RECORDS).join(format!("{migration}.decided"))
 }
 
+/// File that says of the address of `migration`, an IPv6 one, that this host is to choose it for
+/// connections of its own, as the source did.
+pub fn preferred(migration: &str) -> PathBuf {
+    Path::new(RECORDS).join(format!("{migration}.preferred"))
+}
+
 /// Name of a file that differs after every start of this host.
 pub const EPOCH: &str = "/run/ferry/epoch";
 

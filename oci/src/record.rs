@@ -142,7 +142,8 @@ impl Record {
     /// # Errors
     /// When it cannot be removed.
     pub fn remove(migration: &str) -> io::Result<()> {
-        for path in [paths::record(migration), paths::decided(migration)] {
+        let marks = [paths::decided(migration), paths::preferred(migration)];
+        for path in [paths::record(migration)].into_iter().chain(marks) {
             match fs::remove_file(path) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
                 _ => {}

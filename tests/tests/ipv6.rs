@@ -151,6 +151,30 @@ fn a_rollback_after_the_announcement_leads_the_clients_back() -> Result<()> {
 }
 
 #[test]
+fn an_address_whose_agent_was_lost_is_chosen_again_as_at_the_source() -> Result<()> {
+    let Some(scene) = start(1000, "")? else { return Ok(()) };
+    let (a, b) = (scene.host("a"), scene.host("b"));
+    let job = stop_at(&scene, "redis", "release", ("a", "b"), &ip())?;
+    let deprecated = |host: &Host| {
+        let shown = host.output(&format!("ip -6 -o addr show to {FLOATING_6} deprecated"));
+        shown.is_ok_and(|shown| !shown.stdout.is_empty())
+    };
+    ensure!(deprecated(b), "{} chooses it while it is silent", b.name());
+    // The release takes until CRIU goes on; meanwhile the agent is lost, and another one is asked.
+    b.run("pkill -STOP -x criu")?;
+    go_on(a)?;
+    b.wait_until("it was decided", |h| {
+        h.output("ls /run/ferry/records/*.decided").is_ok_and(|o| o.status.success())
+    })?;
+    b.run("pkill -9 -f '^ferry agent'")?;
+    b.run("pkill -CONT -x criu")?;
+    job.wait(SOON)?.checked("ferry migrate")?;
+    assert_eq!(task_state(b, "redis")?.as_deref(), Some("RUNNING"));
+    ensure!(!deprecated(b), "{} does not choose it", b.name());
+    Ok(())
+}
+
+#[test]
 fn at_most_one_host_answers_neighbour_solicitations_at_any_time() -> Result<()> {
     let Some(scene) = start(0, "preferred_lft 0")? else { return Ok(()) };
     let (a, b) = (mac(scene.host("a"))?, mac(scene.host("b"))?);

@@ -82,13 +82,19 @@ async fn blocking<T: Send + 'static>(
     Ok(tokio::task::spawn_blocking(work).await??)
 }
 
-/// Announces an address whose container runs here. What fails is told and nothing more: no answer
-/// about the container depends on it.
+/// Announces and opens an address whose container runs here. What fails is told and nothing more: no
+/// answer about the container depends on it.
 pub(super) async fn announce(migration: &str, cidr: Cidr, device: &str) {
     if let Err(error) = to_neighbours(cidr.ip, device) {
         log::warn!("announce {cidr}: {error:#}");
     }
     if let Err(error) = clear(migration).await {
         log::warn!("open {cidr}: {error:#}");
+    }
+    // Not before, or connections that the host opens would have waited in vain.
+    if paths::preferred(migration).exists()
+        && let Err(error) = address::prefer(cidr, device).await
+    {
+        log::warn!("let this host choose {cidr}: {error:#}");
     }
 }

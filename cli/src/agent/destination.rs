@@ -42,7 +42,6 @@ struct Arriving {
     cidr: Cidr,
     device: String,
     /// The host may choose it for connections of its own, as the source may.
-    preferred: bool,
     /// Until the rules have gone.
     held: Option<Held>,
     announcement: Announcement,
@@ -202,11 +201,16 @@ impl Destination {
         let migration = self.migration.clone();
         let start = move || Held::start(&migration, &[cidr.ip], queue);
         let held = tokio::task::spawn_blocking(start).await??;
+        if preferred {
+            let mark = paths::preferred(&self.migration);
+            fs::create_dir_all(paths::RECORDS).context("make the folder of records")?;
+            fs::write(&mark, "").with_context(|| format!("write {}", mark.display()))?;
+        }
         address::add(cidr, &device).await?;
         let announcement =
             Announcement::prepare(cidr.ip, &device).context("prepare to announce")?;
         let queued = matches!(held.how(), How::Queued(_));
-        self.ip = Some(Arriving { cidr, device, preferred, held: Some(held), announcement });
+        self.ip = Some(Arriving { cidr, device, held: Some(held), announcement });
         Ok(Reply::Address { queued })
     }
 
@@ -383,12 +387,6 @@ impl Destination {
             failed => log::warn!("remove the rules of {cidr}: {failed:?}"),
         }
         cleanup::announce(&self.migration, cidr, &ip.device).await;
-        // Not before, or connections that the host opens would have waited in vain.
-        if ip.preferred
-            && let Err(error) = address::prefer(cidr, &ip.device).await
-        {
-            log::warn!("let this host choose {cidr}: {error:#}");
-        }
     }
 
     /// Whether this is `migration`.
