@@ -291,7 +291,10 @@ mod tests {
         static ONE: Mutex<()> = Mutex::new(());
         let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-        runtime.block_on(async { test(Reaper::start().unwrap()).await });
+        let limit = Duration::from_secs(120);
+        runtime
+            .block_on(async { tokio::time::timeout(limit, test(Reaper::start().unwrap())).await })
+            .expect("an exit was lost");
     }
 
     fn sh(script: &str) -> Command {
@@ -330,9 +333,13 @@ mod tests {
     fn a_window_keeps_the_exit_of_a_process_not_yet_known() {
         with_reaper(|reaper| async move {
             let window = reaper.window();
-            let child = reaper.spawn(sh("exit 3")).unwrap();
+            let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
+            let mut command = sh("read line; exit 3");
+            command.stdin(read);
+            let child = reaper.spawn(command).unwrap();
             let pid = child.pid();
             drop(child); // unregistered: like a container's init that runc has left to us
+            drop(write); // not before, or it might have ended while it was registered
             tokio::time::sleep(Duration::from_millis(300)).await;
             assert_eq!(window.adopt(pid).wait().await.status, 3);
             assert!(reaper.signal(pid, 0).is_err());
