@@ -41,7 +41,6 @@ const RESTORE: Duration = Duration::from_secs(120);
 struct Arriving {
     cidr: Cidr,
     device: String,
-    /// The host may choose it for connections of its own, as the source may.
     /// Until the rules have gone.
     held: Option<Held>,
     announcement: Announcement,
