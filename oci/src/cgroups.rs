@@ -79,6 +79,19 @@ pub fn join(pid: u32, beside: u32) -> io::Result<()> {
     entered.into_iter().collect()
 }
 
+/// Moves process `pid` into the cgroup `path`, in every hierarchy that has it.
+///
+/// # Errors
+/// When none has it, or the first hierarchy that refuses.
+pub fn enter(path: &Path, pid: u32) -> io::Result<()> {
+    let there = below(Path::new(ROOT), path).into_iter().map(|folder| folder.join("cgroup.procs"));
+    let doors: Vec<_> = there.filter(|door| door.exists()).collect();
+    if doors.is_empty() {
+        return Err(io::Error::new(io::ErrorKind::NotFound, "there is no such cgroup"));
+    }
+    doors.into_iter().try_for_each(|door| fs::write(door, pid.to_string()))
+}
+
 /// Kills what is in the cgroups of a container that never ran: tasks of a CRIU that was killed before it
 /// could end them. `path` is the `cgroupsPath` of its spec.
 pub fn kill_members(path: &Path) {

@@ -1,5 +1,6 @@
 //! The `delete` action: containerd calls it after a shim has died, or could not be started.
 
+use crate::boot;
 use crate::container::Network;
 use crate::error::{Context as _, Result};
 use crate::mounts;
@@ -109,10 +110,7 @@ fn unlock_netns(bundle: &Path, migration: &str) -> Result<()> {
     cleared.context("remove the connection lock from the network namespace")
 }
 
-/// Folder of the Task services' sockets.
-const TASK_SOCKETS: &str = "/run/containerd/s";
-
-/// A dead shim cannot remove its sockets itself.
+/// A dead shim cannot remove its sockets itself. Not those that the shim of a group still serves.
 fn remove_ferry_socket(bundle: &Path) -> Result<()> {
     #[derive(serde::Deserialize)]
     struct Announced {
@@ -122,6 +120,9 @@ fn remove_ferry_socket(bundle: &Path) -> Result<()> {
         return Ok(());
     };
     let announced: Announced = serde_json::from_slice(&text).context("read ferry.json")?;
+    if !boot::is_dead(&announced.socket) {
+        return Ok(());
+    }
     // Those that CRIU was to answer on are named after it.
     let stem = announced.socket.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     for entry in std::fs::read_dir(paths::SOCKETS).into_iter().flatten().flatten() {
@@ -132,19 +133,27 @@ fn remove_ferry_socket(bundle: &Path) -> Result<()> {
     remove_below(&announced.socket, paths::SOCKETS)
 }
 
+/// Not one that the shim of a group still serves.
 fn remove_task_socket(bundle: &Path) -> Result<()> {
-    let Ok(address) = std::fs::read_to_string(bundle.join("address")) else {
+    let Ok(address) = std::fs::read_to_string(bundle.join(boot::ADDRESS)) else {
         return Ok(());
     };
-    let path = address.trim().strip_prefix("unix://").unwrap_or(address.trim());
-    remove_below(Path::new(path), TASK_SOCKETS)
+    let path = Path::new(address.trim().strip_prefix("unix://").unwrap_or(address.trim()));
+    match boot::is_dead(path) {
+        true => remove_file(path),
+        false => Ok(()),
+    }
 }
 
 /// Removes the file `path` if it lies directly in `folder`.
 fn remove_below(path: &Path, folder: &str) -> Result<()> {
-    if path.parent() != Some(Path::new(folder)) {
-        return Ok(());
+    match path.parent() == Some(Path::new(folder)) {
+        true => remove_file(path),
+        false => Ok(()),
     }
+}
+
+fn remove_file(path: &Path) -> Result<()> {
     match std::fs::remove_file(path) {
         Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
             Err(err).context(format!("remove {}", path.display()))

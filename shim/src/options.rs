@@ -81,7 +81,8 @@ pub(crate) fn checkpoint(any: Option<&Any>) -> Result<oci::CheckpointOptions> {
     decode(any)
 }
 
-fn decode<M: MessageFull + Default>(any: Option<&Any>) -> Result<M> {
+/// Decodes options of type `M`; none are the defaults, and another type is refused by name.
+pub(crate) fn decode<M: MessageFull + Default>(any: Option<&Any>) -> Result<M> {
     let Some(any) = any else {
         return Ok(M::default());
     };
