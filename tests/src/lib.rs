@@ -32,6 +32,7 @@
 pub mod base;
 pub mod cache;
 pub mod cgroup;
+pub mod ctr;
 pub mod exec;
 pub mod faults;
 pub mod host;

@@ -1,0 +1,116 @@
+//! Containers that share a shim: those of a pod, and those of a named group.
+
+use anyhow::{Result, ensure};
+use ferry_tests::ctr::{
+    FERRY, IDLE, RUNTIMES, assert_nothing_left, remove, shims, start, status, wait_for_status,
+};
+use ferry_tests::{Host, Lab};
+
+const GROUP: &str = "--annotation io.containerd.runc.v2.group=g";
+const POD: &str = "--annotation io.kubernetes.cri.sandbox-id=p";
+
+/// Fails if ferry has left something. The reference leaves the socket of a group whose first bundle is
+/// gone, and of a shim that was killed.
+fn check_what_is_left(host: &Host, runtime: &str) -> Result<()> {
+    if runtime == FERRY {
+        return assert_nothing_left(host);
+    }
+    host.wait_until("the shims have ended", |host| {
+        shims(host).is_ok_and(|shims| shims.is_empty())
+    })?;
+    host.run("rm -f /run/containerd/s/*").map(drop)
+}
+
+fn exec(host: &Host, id: &str) -> Result<String> {
+    Ok(host.run(&format!("ctr task exec --exec-id e {id} hostname"))?.stdout)
+}
+
+#[test]
+fn a_group_has_one_shim_until_its_last_container_is_gone() -> Result<()> {
+    let lab = Lab::start(1)?;
+    let host = lab.host("a");
+    for runtime in RUNTIMES {
+        for annotation in [GROUP, POD] {
+            let long_name = "x".repeat(60);
+            for id in ["one", "two", &long_name] {
+                start(host, runtime, annotation, id, IDLE)?;
+            }
+            start(host, runtime, "", "alone", IDLE)?;
+            assert_eq!(shims(host)?.len(), 2, "{runtime}");
+            remove(host, "alone")?;
+            // Its bundle is where the shim was started.
+            remove(host, "one")?;
+            assert_eq!(shims(host)?.len(), 1, "{runtime}");
+            exec(host, "two")?;
+            host.run("ctr task pause two && ctr task resume two")?;
+            // Joins, and is told apart from the one that had its name.
+            start(host, runtime, annotation, "one", IDLE)?;
+            assert_eq!(shims(host)?.len(), 1, "{runtime}");
+            for id in ["two", &long_name, "one"] {
+                exec(host, id)?;
+                remove(host, id)?;
+            }
+            check_what_is_left(host, runtime)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_group_whose_shim_dies_is_cleaned_up_as_a_whole() -> Result<()> {
+    let lab = Lab::start(1)?;
+    let host = lab.host("a");
+    for runtime in RUNTIMES {
+        for id in ["one", "two"] {
+            start(host, runtime, GROUP, id, IDLE)?;
+        }
+        for shim in shims(host)? {
+            host.run(&format!("kill -9 {shim}"))?;
+        }
+        for id in ["one", "two"] {
+            host.wait_until("the task has ended", |host| {
+                status(host, id).is_ok_and(|status| status != "RUNNING")
+            })?;
+            host.output(&format!("ctr task rm -f {id}; ctr container rm {id}"))?;
+        }
+        host.wait_until("its processes have ended", |host| {
+            host.output("pgrep -x tail").is_ok_and(|o| !o.status.success())
+        })?;
+        // The next one of the group gets a new shim, whatever the old one has left.
+        start(host, runtime, GROUP, "three", IDLE)?;
+        exec(host, "three")?;
+        remove(host, "three")?;
+        check_what_is_left(host, runtime)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_takes_long_for_one_container_does_not_hold_up_another() -> Result<()> {
+    let lab = Lab::start(1)?;
+    let host = lab.host("a");
+    // A runc that takes its time for one container.
+    let slow =
+        "#!/bin/sh\ncase \"$*\" in *pause*slow*) sleep 5 ;; esac\nexec /usr/bin/runc \"$@\"\n";
+    std::fs::write(host.root().join("usr/local/sbin/runc"), slow)?;
+    host.run("chmod +x /usr/local/sbin/runc")?;
+    for runtime in RUNTIMES {
+        for id in ["slow", "quick"] {
+            start(host, runtime, GROUP, id, IDLE)?;
+        }
+        assert_eq!(shims(host)?.len(), 1, "{runtime}");
+        let mut pause = host.spawn("exec ctr task pause slow")?;
+        host.wait_until("runc is asked to pause it", |host| {
+            host.output("pgrep -f 'sbin/runc.* pause'").is_ok_and(|o| o.status.success())
+        })?;
+        exec(host, "quick")?;
+        ensure!(!pause.ended()?, "{runtime}: another container has waited for a slow one");
+        wait_for_status(host, "slow", "PAUSED")?;
+        host.run("ctr task resume slow")?;
+        for id in ["slow", "quick"] {
+            remove(host, id)?;
+        }
+        check_what_is_left(host, runtime)?;
+    }
+    Ok(())
+}
