@@ -77,12 +77,22 @@ check_disk() {
     esac
 }
 
+# What building runc takes besides Go. That it is missing the harness says by itself.
+install_for_builds() {
+    ! command -v go >/dev/null || pkg-config --exists libseccomp 2>/dev/null ||
+        apt_install pkg-config libseccomp-dev
+}
+
 install_packages() {
     local program package wanted=()
     while read -r program package; do
         command -v "$program" >/dev/null || wanted+=("$package")
     done <<<"$programs"
-    [ ${#wanted[@]} -gt 0 ] || return 0
+    [ ${#wanted[@]} -eq 0 ] || apt_install "${wanted[@]}"
+}
+
+apt_install() {
+    local wanted=("$@")
     if ! command -v apt-get >/dev/null; then
         missing "packages ${wanted[*]}: install them with this system's package manager"
         return

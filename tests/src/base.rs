@@ -1,5 +1,5 @@
 //! The base system that all hosts share, read only: made once from Debian packages and cached. What
-//! only some labs need is a layer over it, made when it is first asked for.
+//! only some labs need is laid over it (see [crate::layers]).
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -13,7 +13,7 @@ use crate::exec::run;
 
 /// Raised when the recipe below changes in a way that its inputs do not show.
 const RECIPE: &str = "1";
-const MIRROR: &str = "http://deb.debian.org/debian";
+pub(crate) const MIRROR: &str = "http://deb.debian.org/debian";
 /// Debian testing: the first release whose CRIU works on kernels from 6.16 on.
 const SUITE: &str = "forky";
 const PACKAGES: &[&str] = &[
@@ -39,9 +39,6 @@ const PACKAGES: &[&str] = &[
     "xz-utils",
 ];
 
-/// The packages of [`podman`].
-const PODMAN: &[&str] = &["podman"];
-
 /// Files laid over the packages.
 const FILES: &[(&str, &str)] = &[
     ("etc/inittab", include_str!("../host/inittab")),
@@ -62,33 +59,6 @@ echo "* $(cut -d' ' -f1,2 /etc/ssh/ssh_host_ed25519_key.pub)" > /etc/ssh/ssh_kno
 ldconfig
 "#;
 
-/// Makes a layer: `$1` is the base system, `$2` the layer's folder, the rest are packages. Nothing
-/// may start a service.
-const LAYER: &str = r#"
-set -e
-base=$1 new=$2
-shift 2
-mkdir "$new/upper" "$new/work" "$new/root"
-mount -t overlay overlay "$new/root" -o "lowerdir=$base,upperdir=$new/upper,workdir=$new/work"
-cd "$new/root"
-mount -t proc proc proc
-mount -t tmpfs -o mode=755 tmpfs dev
-for node in null zero full random urandom; do
-    mknod -m 666 "dev/$node" c "$(stat -c 0x%t "/dev/$node")" "$(stat -c 0x%T "/dev/$node")"
-done
-ln -s /proc/self/fd dev/fd
-printf '#!/bin/sh\nexit 101\n' >usr/sbin/policy-rc.d
-chmod 755 usr/sbin/policy-rc.d
-export DEBIAN_FRONTEND=noninteractive
-chroot . apt-get update --quiet
-chroot . apt-get install --quiet --yes --no-install-recommends "$@"
-chroot . apt-get clean
-rm -rf usr/sbin/policy-rc.d var/lib/apt/lists
-cd /
-umount --recursive "$new/root"
-rm -rf "$new/root" "$new/work"
-"#;
-
 /// Names this version of the base system.
 pub fn key() -> String {
     let words = [RECIPE, SUITE, MIRROR, FINISH].into_iter().chain(PACKAGES.iter().copied());
@@ -105,28 +75,9 @@ pub fn ensure() -> Result<PathBuf> {
     .context("make the base system")
 }
 
-/// Names this version of [`podman`].
-pub fn podman_key() -> String {
-    let base = key();
-    let words = [base.as_str(), LAYER].into_iter().chain(PODMAN.iter().copied());
-    cache::key(words.map(str::as_bytes))
-}
-
-/// A layer with podman, to be laid over the base system; built first where it is missing.
-pub fn podman() -> Result<PathBuf> {
-    let base = ensure()?;
-    let layer = cache::folder("podman", &podman_key(), |new| {
-        eprintln!("adding podman to the base system (about half a minute, once)");
-        let mut command = alone();
-        command.args(["/bin/sh", "-c", LAYER, "layer"]).args([&base, new]).args(PODMAN);
-        run(&mut command).map(drop)
-    });
-    Ok(layer.context("add podman to the base system")?.join("upper"))
-}
-
 /// A command in namespaces that end with this process: when it is killed, nothing runs on or stays
 /// mounted.
-fn alone() -> Command {
+pub(crate) fn alone() -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--mount-proc"]);
     command.arg("--kill-child");

@@ -14,10 +14,10 @@ use sha2::{Digest, Sha256};
 
 use crate::exec::run;
 use crate::lab::Lab;
-use crate::{base, cache, sweep};
+use crate::{base, cache, layers, sweep};
 
 /// Raised when the recipes below change.
-const RECIPE: &str = "3";
+const RECIPE: &str = "4";
 /// Sources of the workloads; each uses nothing but the standard library.
 const SOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/bin");
 /// The workloads that are compiled for the images.
@@ -37,6 +37,14 @@ struct Recipe {
 
 const RECIPES: &[Recipe] = &[
     Recipe { name: "busybox", paths: &[], workload: None, busybox: true, command: &["/bin/sh"] },
+    // Holds the namespaces of a pod.
+    Recipe {
+        name: "pause",
+        paths: &[],
+        workload: None,
+        busybox: true,
+        command: &["tail", "-f", "/dev/null"],
+    },
     Recipe {
         name: "redis",
         paths: &["/usr/bin/redis-server", "/usr/bin/redis-cli"],
@@ -85,12 +93,14 @@ pub fn ensure() -> Result<PathBuf> {
     Ok(folder.context("make the test images")?.join("containerd"))
 }
 
-/// Removes base systems and images that this version does not use, unless some lab may.
+/// Removes base systems, layers and images that this version does not use, unless some lab may.
 pub fn prune() -> Result<()> {
-    let kinds = [("base", base::key()), ("podman", base::podman_key()), ("images", key()?)];
-    for (kind, key) in kinds {
+    let kinds = [("base", base::key()), ("images", key()?)];
+    let kinds = kinds.map(|(kind, key)| (kind, cache::place(kind, &key)));
+    let layers = layers::ALL.iter().map(|layer| (layer.name, layer.place()));
+    for (kind, current) in kinds.into_iter().chain(layers) {
         let _lock = cache::lock(kind, FlockArg::LockExclusive)?;
-        cache::prune(kind, &cache::place(kind, &key))?;
+        cache::prune(kind, &current)?;
     }
     Ok(())
 }

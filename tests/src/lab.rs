@@ -52,8 +52,8 @@ impl Lab {
     }
 
     /// Starts a lab that has no owner: it stays until [Lab::remove].
-    pub fn start_kept(id: &str, hosts: u8) -> Result<Self> {
-        let mut lab = Self::build(id.to_owned(), hosts, true, &[])?;
+    pub fn start_kept(id: &str, hosts: u8, layers: &[PathBuf]) -> Result<Self> {
+        let mut lab = Self::build(id.to_owned(), hosts, true, layers)?;
         lab.keep = true;
         Ok(lab)
     }

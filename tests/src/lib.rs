@@ -35,20 +35,24 @@ pub mod cgroup;
 pub mod ctr;
 pub mod exec;
 pub mod faults;
+pub mod golang;
 pub mod host;
 pub mod images;
 pub mod lab;
+pub mod layers;
 pub mod memory;
 pub mod network;
 pub mod prereq;
 pub mod process;
 pub mod scene;
 pub mod sweep;
+pub mod versions;
 
 pub use exec::{Job, Output};
 pub use host::Host;
 pub use lab::Lab;
 pub use scene::Scene;
+pub use versions::task_lab;
 
 /// Says that this test cannot be made here and why; `hack/test` counts it as skipped. The test then
 /// returns.

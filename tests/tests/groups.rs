@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use ferry_tests::ctr::{
     FERRY, IDLE, RUNTIMES, assert_nothing_left, remove, shims, start, status, wait_for_status,
 };
-use ferry_tests::{Host, Lab};
+use ferry_tests::{Host, task_lab};
 
 const GROUP: &str = "--annotation io.containerd.runc.v2.group=g";
 const POD: &str = "--annotation io.kubernetes.cri.sandbox-id=p";
@@ -27,7 +27,7 @@ fn exec(host: &Host, id: &str) -> Result<String> {
 
 #[test]
 fn a_group_has_one_shim_until_its_last_container_is_gone() -> Result<()> {
-    let lab = Lab::start(1)?;
+    let lab = task_lab()?;
     let host = lab.host("a");
     for runtime in RUNTIMES {
         for annotation in [GROUP, POD] {
@@ -58,7 +58,7 @@ fn a_group_has_one_shim_until_its_last_container_is_gone() -> Result<()> {
 
 #[test]
 fn a_group_whose_shim_dies_is_cleaned_up_as_a_whole() -> Result<()> {
-    let lab = Lab::start(1)?;
+    let lab = task_lab()?;
     let host = lab.host("a");
     for runtime in RUNTIMES {
         for id in ["one", "two"] {
@@ -87,7 +87,7 @@ fn a_group_whose_shim_dies_is_cleaned_up_as_a_whole() -> Result<()> {
 
 #[test]
 fn what_takes_long_for_one_container_does_not_hold_up_another() -> Result<()> {
-    let lab = Lab::start(1)?;
+    let lab = task_lab()?;
     let host = lab.host("a");
     // A runc that takes its time for one container.
     let slow =

@@ -6,7 +6,8 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
-use ferry_tests::{Lab, cache, images, network, sweep};
+use ferry_tests::layers::Layer;
+use ferry_tests::{Lab, cache, images, layers, network, sweep, versions};
 use nix::fcntl::FlockArg;
 
 /// Prints a line. That nobody reads on, as in `testbed status | head -n1`, is no error.
@@ -33,6 +34,9 @@ enum Action {
         /// How many hosts, called a, b, ... (2, or as many as run already)
         #[arg(long, value_parser = clap::value_parser!(u8).range(1..=8))]
         hosts: Option<u8>,
+        /// A layer over the base system, the uppermost first; several may be named
+        #[arg(long = "over", value_name = "LAYER")]
+        layers: Vec<String>,
     },
     /// Remove the hosts and all that killed tests left
     Down,
@@ -52,19 +56,26 @@ enum Action {
         #[arg(long, default_value_t = 1)]
         hosts: u8,
     },
-    /// Make the base system and the images if they are missing
-    Prepare,
+    /// Make the base system, the images and layers if they are missing
+    Prepare {
+        /// Layers besides those of the containerd and runc that the environment asks for; one that
+        /// cannot be made here is left out
+        layers: Vec<String>,
+    },
+    /// Say why the containerd and runc that the environment asks for cannot be had; nothing if they can
+    Missing,
 }
 
 fn main() -> ExitCode {
     let Arguments { lab, command } = Arguments::parse();
     let done = match command {
-        Action::Up { hosts } => up(&lab, hosts),
+        Action::Up { hosts, layers } => up(&lab, hosts, &layers),
         Action::Down => down(&lab),
         Action::Shell { host, command } => shell(&lab, &host, &command),
         Action::Status => status(&lab),
         Action::Hold { hosts } => hold(hosts),
-        Action::Prepare => images::ensure().map(|_| ()),
+        Action::Prepare { layers } => prepare(&layers),
+        Action::Missing => missing(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -75,7 +86,43 @@ fn main() -> ExitCode {
     }
 }
 
-fn up(id: &str, hosts: Option<u8>) -> Result<()> {
+fn prepare(names: &[String]) -> Result<()> {
+    images::ensure()?;
+    versions::ensure_layers(&asked()?)?;
+    for layer in named(names)? {
+        match layer.missing() {
+            Some(missing) => eprintln!("left out: {missing}"),
+            None => drop(layer.ensure()?),
+        }
+    }
+    Ok(())
+}
+
+fn missing() -> Result<()> {
+    if let Some(missing) = asked()?.iter().find_map(|layer| layer.missing()) {
+        say!("{missing}");
+    }
+    Ok(())
+}
+
+/// The layers that the environment asks for.
+fn asked() -> Result<Vec<&'static Layer>> {
+    let (containerd, runc) = versions::chosen()?;
+    Ok(versions::layers_of(containerd, runc))
+}
+
+fn named(names: &[String]) -> Result<Vec<&'static Layer>> {
+    let find = |name: &String| match layers::ALL.iter().find(|layer| layer.name == name) {
+        Some(layer) => Ok(*layer),
+        None => {
+            let known: Vec<_> = layers::ALL.iter().map(|layer| layer.name).collect();
+            bail!("there is no layer {name}; there are {}", known.join(", "))
+        }
+    };
+    names.iter().map(find).collect()
+}
+
+fn up(id: &str, hosts: Option<u8>, layers: &[String]) -> Result<()> {
     let _lock = cache::lock("testbed", FlockArg::LockExclusive)?;
     let running = Lab::attach(id)?;
     let is_right = |lab: &Lab| hosts.is_none_or(|n| lab.hosts().len() == usize::from(n));
@@ -83,7 +130,9 @@ fn up(id: &str, hosts: Option<u8>) -> Result<()> {
         Some(lab) => lab,
         None => {
             Lab::remove(id)?;
-            Lab::start_kept(id, hosts.unwrap_or(2))?
+            let mut over = named(layers)?;
+            over.extend(asked()?);
+            Lab::start_kept(id, hosts.unwrap_or(2), &versions::ensure_layers(&over)?)?
         }
     };
     for program in lab.install_ferry()? {

@@ -42,7 +42,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
-use ferry_tests::{Scene, base, sweep};
+use ferry_tests::{Scene, layers, sweep};
 use serde_json::json;
 
 use cells::Cell;
@@ -149,7 +149,7 @@ fn migrate(options: &Migrate) -> Result<bool> {
     let cells: Vec<_> =
         chosen(&options.cell)?.into_iter().map(|cell| cell.with(&options.way, moves)).collect();
     let podman = cells.iter().any(|cell| cell.ways.iter().any(|(way, _)| *way == Way::Podman));
-    let layers: Result<Vec<_>> = podman.then(base::podman).into_iter().collect();
+    let layers: Result<Vec<_>> = podman.then(|| layers::PODMAN.ensure()).into_iter().collect();
     let scene = Scene::start_over(&layers?)?;
     let me = std::env::current_exe().context("find this program")?;
     scene.lab.client().install(&me, "/usr/local/bin/ferry-bench")?;
