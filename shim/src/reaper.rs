@@ -283,11 +283,11 @@ async fn read(mut from: pipe::Receiver) -> Vec<u8> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     // Exits are collected for the whole process, so all tests share one reaper and one runtime.
-    fn with_reaper<F: Future<Output = ()>>(test: impl FnOnce(Arc<Reaper>) -> F) {
+    pub(crate) fn with_reaper<F: Future<Output = ()>>(test: impl FnOnce(Arc<Reaper>) -> F) {
         static ONE: Mutex<()> = Mutex::new(());
         let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();

@@ -295,9 +295,15 @@ impl Task for Service {
     async fn resize_pty(
         &self,
         _: &TtrpcContext,
-        _: api::ResizePtyRequest,
+        req: api::ResizePtyRequest,
     ) -> TtrpcResult<api::Empty> {
-        refuse("ResizePty")
+        let container = self.get(&req.id)?;
+        let (columns, rows) = (cells("width", req.width)?, cells("height", req.height)?);
+        match req.exec_id.as_str() {
+            "" => container.resize(columns, rows)?,
+            exec => container.get_exec(exec)?.resize(columns, rows)?,
+        }
+        Ok(api::Empty::default())
     }
 
     async fn update(&self, _: &TtrpcContext, _: api::UpdateTaskRequest) -> TtrpcResult<api::Empty> {
@@ -337,6 +343,12 @@ fn create_request(req: api::CreateTaskRequest) -> Result<CreateRequest> {
             terminal: req.terminal,
         },
     })
+}
+
+/// A terminal's size in one direction; 0 is unknown.
+fn cells(what: &str, count: u32) -> Result<u16> {
+    let invalid = |_| Error::invalid_argument(format!("the {what} {count} is above {}", u16::MAX));
+    count.try_into().map_err(invalid)
 }
 
 fn details(exec_id: &str) -> Result<Any> {

@@ -68,6 +68,8 @@ pub struct Create<'a> {
     pub bundle: &'a Path,
     /// File that receives the pid of init.
     pub pid_file: &'a Path,
+    /// Socket that receives the master of the process's terminal, if it has one.
+    pub console_socket: Option<&'a Path>,
     /// Use `MS_MOVE` instead of `pivot_root`.
     pub no_pivot: bool,
     /// Keep the caller's session keyring.
@@ -83,6 +85,7 @@ impl Verb for Create<'_> {
         Args::default()
             .option("--bundle", Some(self.bundle))
             .option("--pid-file", Some(self.pid_file))
+            .option("--console-socket", self.console_socket)
             .flag(self.no_pivot, "--no-pivot")
             .flag(self.no_new_keyring, "--no-new-keyring")
             .arg(self.id)
@@ -140,6 +143,8 @@ pub struct Exec<'a> {
     pub process: &'a Path,
     /// File that receives the pid of the new process.
     pub pid_file: &'a Path,
+    /// Socket that receives the master of the process's terminal, if it has one.
+    pub console_socket: Option<&'a Path>,
 }
 
 impl Verb for Exec<'_> {
@@ -152,6 +157,7 @@ impl Verb for Exec<'_> {
             .option("--process", Some(self.process))
             .arg("--detach")
             .option("--pid-file", Some(self.pid_file))
+            .option("--console-socket", self.console_socket)
             .arg(self.id)
             .0
     }
@@ -231,6 +237,8 @@ pub struct Restore<'a> {
     pub bundle: &'a str,
     /// File that receives the pid of init.
     pub pid_file: &'a str,
+    /// Socket that receives the master of init's terminal, if it has one.
+    pub console_socket: Option<&'a Path>,
     /// Folder with the images.
     pub image_path: &'a str,
     /// Folder for CRIU's log and statistics.
@@ -264,6 +272,7 @@ impl Verb for Restore<'_> {
             .arg("--no-subreaper")
             .option("--bundle", Some(self.bundle))
             .option("--pid-file", Some(self.pid_file))
+            .option("--console-socket", self.console_socket)
             .option("--image-path", Some(self.image_path))
             .option("--work-path", Some(self.work_path))
             .flag(self.no_pivot, "--no-pivot")
@@ -317,6 +326,7 @@ mod tests {
             id: "a",
             bundle: Path::new("/b"),
             pid_file: Path::new("/b/init.pid"),
+            console_socket: None,
             no_pivot: false,
             no_new_keyring: false,
         };
@@ -326,6 +336,12 @@ mod tests {
         assert_eq!(
             line(&create),
             "create --bundle /b --pid-file /b/init.pid --no-pivot --no-new-keyring a"
+        );
+        (create.no_pivot, create.no_new_keyring) = (false, false);
+        create.console_socket = Some(Path::new("/s"));
+        assert_eq!(
+            line(&create),
+            "create --bundle /b --pid-file /b/init.pid --console-socket /s a"
         );
     }
 
@@ -348,8 +364,18 @@ mod tests {
 
     #[test]
     fn exec_is_detached() {
-        let exec = Exec { id: "a", process: Path::new("/p.json"), pid_file: Path::new("/e.pid") };
+        let mut exec = Exec {
+            id: "a",
+            process: Path::new("/p.json"),
+            pid_file: Path::new("/e.pid"),
+            console_socket: None,
+        };
         assert_eq!(line(&exec), "exec --process /p.json --detach --pid-file /e.pid a");
+        exec.console_socket = Some(Path::new("/s"));
+        assert_eq!(
+            line(&exec),
+            "exec --process /p.json --detach --pid-file /e.pid --console-socket /s a"
+        );
     }
 
     #[test]
@@ -377,7 +403,7 @@ mod tests {
 
     #[test]
     fn restore_replays_what_the_dump_used() {
-        let restore = Restore {
+        let mut restore = Restore {
             id: "a",
             bundle: "/b",
             pid_file: "/b/init.pid",
@@ -390,6 +416,10 @@ mod tests {
             line(&restore),
             "restore --detach --no-subreaper --bundle /b --pid-file /b/init.pid --image-path /i \
              --work-path /w --tcp-established a"
+        );
+        restore.console_socket = Some(Path::new("/s"));
+        assert!(
+            line(&restore).contains(" --pid-file /b/init.pid --console-socket /s --image-path")
         );
     }
 }

@@ -2,8 +2,8 @@
 
 use super::{Container, Inner, read_pid};
 use crate::containers::Containers;
-use crate::error::{Context as _, Error, Result};
-use crate::io::{ProcessIo, Stdio};
+use crate::error::{Context as _, Result};
+use crate::io::{ProcessIo, Setup, Stdio};
 use crate::mounts;
 use crate::options::TaskOptions;
 use crate::reaper::Child;
@@ -38,15 +38,12 @@ impl Container {
         containers: &Arc<Containers>,
         request: CreateRequest,
     ) -> Result<Arc<Self>> {
-        if request.stdio.terminal {
-            return Err(Error::unimplemented("a terminal (terminal=true) is not supported"));
-        }
         let shares_pids = shares_pids(&request.bundle)?;
         request.options.write(&request.bundle)?;
         mounts::mount(request.rootfs.clone(), request.bundle.join("rootfs")).await?;
         let runc = request.options.runc(&containers.namespace);
         let runtime = Runtime::new(runc, containers.reaper.clone(), &request.bundle);
-        let prepared = prepare(&request, &runtime).await;
+        let prepared = prepare(&request, &runtime, &containers.namespace).await;
         let (init, inner) = match prepared {
             Ok(prepared) => prepared,
             Err(err) => {
@@ -75,20 +72,26 @@ impl Container {
     }
 }
 
-async fn prepare(request: &CreateRequest, runtime: &Runtime) -> Result<(Option<Child>, Inner)> {
+async fn prepare(
+    request: &CreateRequest,
+    runtime: &Runtime,
+    namespace: &str,
+) -> Result<(Option<Child>, Inner)> {
     let owner = (request.options.io_uid, request.options.io_gid);
-    let (io, child_io) = ProcessIo::open(&request.stdio, owner)?;
+    let setup = Setup { id: &request.id, namespace, owner, reaper: &runtime.reaper };
+    let (mut io, child_io) = ProcessIo::open(&request.stdio, &setup).await?;
+    let console_socket = io.console_socket();
     let mut inner = Inner {
         status: Status::Pending,
         pid: 0,
-        io: Some(io),
+        io: None,
         child_io: None,
         checkpoint: request.checkpoint.clone(),
         execs: HashMap::new(),
         reserved: None,
     };
     if request.checkpoint.is_some() {
-        inner.child_io = Some(child_io);
+        (inner.io, inner.child_io) = (Some(io), Some(child_io));
         return Ok((None, inner));
     }
     let pid_file = request.bundle.join("init.pid");
@@ -96,14 +99,17 @@ async fn prepare(request: &CreateRequest, runtime: &Runtime) -> Result<(Option<C
         id: &request.id,
         bundle: &request.bundle,
         pid_file: &pid_file,
+        console_socket: console_socket.as_deref(),
         no_pivot: request.options.no_pivot_root,
         no_new_keyring: request.options.no_new_keyring,
     };
     let window = runtime.reaper.window();
     runtime.spawn(&create, child_io).await?;
+    io.connect_terminal().await?;
     let pid = read_pid(&pid_file)?;
     inner.status = Status::Created;
     inner.pid = pid as u32;
+    inner.io = Some(io);
     Ok((Some(window.adopt(pid)), inner))
 }
 

@@ -2,7 +2,7 @@
 
 use super::{Container, read_pid};
 use crate::error::{Context as _, Error, Result};
-use crate::io::{self, ProcessIo, Stdio};
+use crate::io::{self, ProcessIo, Setup, Stdio};
 use crate::reaper::{Child, Exit};
 use crate::service::timestamp;
 use crate::state::{Op, Status};
@@ -11,6 +11,8 @@ use ferry_oci::runc;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
+
+const SIGKILL: u32 = 9;
 
 /// What Exec is given.
 pub(crate) struct ExecRequest {
@@ -35,6 +37,8 @@ struct Inner {
     status: Status,
     pid: u32,
     io: Option<ProcessIo>,
+    /// Its client has closed stdin, perhaps before the start.
+    stdin_closed: bool,
 }
 
 impl Exec {
@@ -67,8 +71,22 @@ impl Exec {
 
     /// Lets stdin end.
     pub(crate) fn close_stdin(&self) {
-        if let Some(io) = &mut self.inner().io {
+        let mut inner = self.inner();
+        inner.stdin_closed = true;
+        if let Some(io) = &mut inner.io {
             io.close_stdin();
+        }
+    }
+
+    /// Sets the size of its terminal, if it has one.
+    pub(crate) fn resize(&self, columns: u16, rows: u16) -> Result<()> {
+        let inner = self.inner();
+        match &inner.io {
+            _ if inner.status == Status::Stopped => {
+                Err(Error::failed_precondition("cannot resize an exec that is stopped"))
+            }
+            Some(io) => io.resize(columns, rows),
+            None => Ok(()),
         }
     }
 
@@ -86,9 +104,6 @@ impl Exec {
 impl Container {
     /// Adds an exec; ALREADY_EXISTS if the id is taken.
     pub(crate) async fn exec(&self, request: ExecRequest) -> Result<()> {
-        if request.stdio.terminal {
-            return Err(Error::unimplemented("a terminal (terminal=true) is not supported"));
-        }
         // The id becomes part of file names.
         if request.exec_id.is_empty() || request.exec_id.contains('/') {
             let text = format!("{:?} is not an exec id", request.exec_id);
@@ -98,10 +113,15 @@ impl Container {
         self.admit(Op::Exec)?;
         let exec = Exec {
             id: request.exec_id.clone(),
+            process: process(&request.process, request.stdio.terminal)?,
             stdio: request.stdio,
-            process: request.process,
             op: tokio::sync::Mutex::new(()),
-            inner: Mutex::new(Inner { status: Status::Created, pid: 0, io: None }),
+            inner: Mutex::new(Inner {
+                status: Status::Created,
+                pid: 0,
+                io: None,
+                stdin_closed: false,
+            }),
             exited: watch::Sender::new(None),
         };
         {
@@ -146,7 +166,6 @@ impl Container {
         let child = match self.run_exec(&exec).await {
             Ok(child) => child,
             Err(err) => {
-                exec.inner().io = None;
                 exec.record_exit(Exit::now(255));
                 return Err(err);
             }
@@ -156,8 +175,12 @@ impl Container {
             let mut inner = exec.inner();
             inner.status = Status::Running;
             inner.pid = pid;
+            let closed = inner.stdin_closed;
             if let Some(io) = &mut inner.io {
                 io.started();
+                if closed {
+                    io.close_stdin();
+                }
             }
         }
         self.events.send(TaskExecStarted {
@@ -178,12 +201,25 @@ impl Container {
         let pid_file = file("pid");
         std::fs::write(&process.0, &exec.process).context("write the exec's process")?;
         let owner = (self.options.io_uid, self.options.io_gid);
-        let (io, child_io) = ProcessIo::open(&exec.stdio, owner)?;
-        exec.inner().io = Some(io);
-        let verb = runc::Exec { id: &self.id, process: &process.0, pid_file: &pid_file.0 };
-        let window = self.runtime.reaper.window();
+        let (id, namespace, reaper) = (&exec.id, &self.namespace, &self.runtime.reaper);
+        let setup = Setup { id, namespace, owner, reaper };
+        let (mut io, child_io) = ProcessIo::open(&exec.stdio, &setup).await?;
+        let console_socket = io.console_socket();
+        let verb = runc::Exec {
+            id: &self.id,
+            process: &process.0,
+            pid_file: &pid_file.0,
+            console_socket: console_socket.as_deref(),
+        };
+        let window = reaper.window();
         self.runtime.spawn(&verb, child_io).await?;
-        Ok(window.adopt(read_pid(&pid_file.0)?))
+        let child = window.adopt(read_pid(&pid_file.0)?);
+        if let Err(err) = io.connect_terminal().await {
+            let _ = reaper.signal(child.pid(), SIGKILL);
+            return Err(err);
+        }
+        exec.inner().io = Some(io);
+        Ok(child)
     }
 
     async fn supervise_exec(&self, exec: Arc<Exec>, mut child: Child) {
@@ -222,10 +258,21 @@ impl Container {
         }
         exec.drain().await;
         self.inner().execs.remove(id);
-        drop(exec.inner().io.take());
+        let io = exec.inner().io.take();
+        if let Some(io) = io {
+            io.close().await;
+        }
         snapshot.exit.get_or_insert_with(|| Exit::now(0));
         Ok(snapshot)
     }
+}
+
+/// The process with its terminal as the request wants it, whatever it says itself.
+fn process(json: &[u8], terminal: bool) -> Result<Vec<u8>> {
+    let invalid = |err| Error::invalid_argument(format!("read the exec's process: {err}"));
+    let mut process: serde_json::Map<_, _> = serde_json::from_slice(json).map_err(invalid)?;
+    process.insert("terminal".to_string(), terminal.into());
+    serde_json::to_vec(&process).context("write the exec's process")
 }
 
 struct TempFile(PathBuf);
@@ -233,5 +280,24 @@ struct TempFile(PathBuf);
 impl Drop for TempFile {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use containerd_shim::protos::ttrpc::Code;
+
+    #[test]
+    fn the_request_decides_whether_there_is_a_terminal() {
+        let of = |json: &str, terminal| {
+            let process = process(json.as_bytes(), terminal).unwrap();
+            serde_json::from_slice::<serde_json::Value>(&process).unwrap()
+        };
+        let made = of(r#"{"args":["sh"],"terminal":true}"#, false);
+        assert_eq!(made, serde_json::json!({"args": ["sh"], "terminal": false}));
+        assert_eq!(of("{}", true)["terminal"], true);
+        assert_eq!(process(b"", true).unwrap_err().code(), Code::INVALID_ARGUMENT);
+        assert_eq!(process(b"[]", true).unwrap_err().code(), Code::INVALID_ARGUMENT);
     }
 }

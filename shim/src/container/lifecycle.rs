@@ -120,7 +120,10 @@ impl Container {
             inner.status = Status::Deleted;
             (inner.io.take(), inner.child_io.take(), std::mem::take(&mut inner.execs))
         };
-        drop((io, child_io, execs));
+        drop((child_io, execs));
+        if let Some(io) = io {
+            io.close().await;
+        }
         mounts::umount_async(self.rootfs()).await?;
         let mut snapshot = self.snapshot();
         let exit = *snapshot.exit.get_or_insert_with(|| Exit::now(0));
@@ -138,6 +141,11 @@ impl Container {
     pub(super) async fn drain(&self) {
         let pending = self.inner().io.as_ref().map(io::ProcessIo::pending);
         io::drained(pending.unwrap_or_default(), super::exit::STALL).await;
+    }
+
+    /// Sets the size of init's terminal, if it has one.
+    pub(crate) fn resize(&self, columns: u16, rows: u16) -> Result<()> {
+        self.inner().io.as_ref().map_or(Ok(()), |io| io.resize(columns, rows))
     }
 
     /// Lets stdin end.

@@ -232,6 +232,7 @@ impl Container {
     ) -> Result<PreparedRestore> {
         let _op = self.op.write().await;
         admit(self.snapshot().status, Op::Restore)?;
+        self.refuse_terminal()?;
         std::fs::create_dir_all(&params.work).context("make the work folder")?;
         let relay = Relay::listen(&params.images, &params.work)?;
         let gate = Gate::make(&params.images.join(RESTORE_GATE)).context("make the gate")?;

@@ -4,6 +4,7 @@ use super::checkpoint::{explain, utf8};
 use super::relay::Line;
 use super::{Container, read_pid};
 use crate::error::{Context as _, Error, Result};
+use crate::io::ProcessIo;
 use crate::reaper::{Child, Exit, Window};
 use crate::runtime::Running;
 use crate::state::{Op, Status, admit};
@@ -105,7 +106,7 @@ impl Container {
         let deadline = params.deadline;
         let mut attempt = self.begin(&params, None, &[])?;
         let result = match attempt.runc.wait(deadline).await {
-            Ok(()) => read_pid(&self.init_pid_file()),
+            Ok(()) => self.connect_terminal().await.and_then(|()| read_pid(&self.init_pid_file())),
             Err(err) => Err(explain(err, "restore", &attempt.log)),
         };
         match result {
@@ -126,6 +127,7 @@ impl Container {
     ) -> Result<Held> {
         let _op = self.op.write().await;
         admit(self.snapshot().status, Op::Restore)?;
+        self.refuse_terminal()?;
         std::fs::create_dir_all(&params.work).context("make the work folder")?;
         let mut hold =
             Hold::prepare(&params.work, hold.namespaces.as_deref(), hold.decided.as_deref())
@@ -180,10 +182,12 @@ impl Container {
         };
         let config = config.write(&params.work).context("write CRIU's configuration")?;
         let pid_file = self.init_pid_file();
+        let console_socket = self.inner().io.as_ref().and_then(ProcessIo::console_socket);
         let verb = Restore {
             id: &self.id,
             bundle: utf8(&self.bundle)?,
             pid_file: utf8(&pid_file)?,
+            console_socket: console_socket.as_deref(),
             image_path: utf8(&params.images)?,
             work_path: utf8(&params.work)?,
             no_pivot: self.options.no_pivot_root,
@@ -203,6 +207,22 @@ impl Container {
         all.extend_from_slice(env);
         let runc = self.runtime.start(&verb, stdio, &all, netns.as_ref())?;
         Ok(Attempt { runc, window, log: params.work.join("restore.log") })
+    }
+
+    /// A terminal arrives with runc's return, and a held restore goes on before that.
+    pub(super) fn refuse_terminal(&self) -> Result<()> {
+        match self.stdio.terminal {
+            true => Err(Error::unimplemented("a task with a terminal cannot be restored held")),
+            false => Ok(()),
+        }
+    }
+
+    /// Takes over the terminal of the restored init, if it has one.
+    async fn connect_terminal(&self) -> Result<()> {
+        let console = self.inner().io.as_mut().and_then(ProcessIo::take_console);
+        let Some(console) = console else { return Ok(()) };
+        let master = console.receive().await?;
+        self.inner().io.as_mut().map_or(Ok(()), |io| io.connect(console, master))
     }
 
     /// The restored task runs: it is watched, and its start is published. Holds `op`.
