@@ -1,5 +1,7 @@
 //! What cannot be moved is refused by its name, with a cure, before anything has changed.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use ferry_tests::scene::{FLOATING, RUNTIME, Scene, traces};
 use serde_json::Value;
@@ -75,6 +77,15 @@ fn containers_that_cannot_move_are_refused_by_name() -> Result<()> {
     end(&scene, "guest")?;
     a.run("ctr task exec -d --exec-id session box sleep 1000")?;
     refused(&scene, "box", "", "exec-open")?;
+    end(&scene, "box")?;
+
+    let mut client = a.spawn(&format!(
+        "exec script -qc 'ctr run -t --runtime {RUNTIME} docker.io/library/busybox:latest box \
+         sh -c \"echo ready; sleep 100000\"' /dev/null"
+    ))?;
+    client.wait_for("ready", Duration::from_secs(60))?;
+    refused(&scene, "box", "", "box has a terminal")?;
+    drop(client);
     end(&scene, "box")?;
 
     start(&scene, "box", "")?;

@@ -68,3 +68,33 @@ fn output_into_a_fifo_goes_on_in_a_file_and_never_blocks() -> Result<()> {
     ensure!(errors.starts_with('e'), "{errors}");
     Ok(())
 }
+
+#[test]
+fn output_to_a_log_program_goes_on_in_a_file() -> Result<()> {
+    let scene = Scene::start()?;
+    let (a, b) = (scene.host("a"), scene.host("b"));
+    let logger = "#!/bin/sh\nexec 5>&-\n/bin/cat <&3 >/var/log/box.out &\n\
+                  /bin/cat <&4 >/var/log/box.err &\nwait\n";
+    std::fs::write(a.root().join("usr/local/bin/logger"), logger)?;
+    a.run(&format!(
+        "chmod +x /usr/local/bin/logger; \
+         ctr run -d --log-uri binary:///usr/local/bin/logger --runtime {RUNTIME} \
+         docker.io/library/busybox:latest box {COUNT}"
+    ))?;
+    std::thread::sleep(Duration::from_millis(500));
+    let output = scene.try_migrate("box", "a", "b", "")?.checked("ferry migrate")?;
+    let log = "/var/log/ferry/default/box/stdout.log";
+    ensure!(output.stdout.contains(log), "{output}");
+    b.wait_until("it goes on", |b| {
+        b.run(&format!("cat {log}")).is_ok_and(|log| numbers(&log.stdout).len() > 50)
+    })?;
+    // The program stays behind with what it has read, and ends.
+    a.wait_until("the log program has ended", |a| a.run("! pgrep -f bin/logger").is_ok())?;
+    let before = numbers(&a.run("cat /var/log/box.out")?.stdout);
+    let after = numbers(&b.run(&format!("cat {log}"))?.stdout);
+    ensure!(in_order(&before) && before.first() == Some(&1), "on a: {before:?}");
+    ensure!(in_order(&after), "on b: {after:?}");
+    let (last, first) = (before.last().context("nothing on a")?, after[0]);
+    ensure!(first == last + 1, "a ends with {last}, b begins with {first}");
+    Ok(())
+}
