@@ -12,6 +12,7 @@ pub mod cpu_quota;
 pub mod criu;
 pub mod fast;
 pub mod freezer;
+pub mod hierarchies;
 pub mod layer;
 pub mod netns;
 pub mod pages;

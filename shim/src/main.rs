@@ -11,6 +11,7 @@
 //! says how it comes to run.
 
 mod boot;
+mod cgroup;
 mod cleanup;
 mod container;
 mod containers;

@@ -140,12 +140,22 @@ impl Reaper {
     /// process group is killed.
     pub(crate) async fn run(
         self: &Arc<Self>,
+        command: Command,
+        deadline: Duration,
+    ) -> Result<Output> {
+        self.run_fed(command, Stdio::null(), deadline).await
+    }
+
+    /// [`Reaper::run`] with an input.
+    pub(crate) async fn run_fed(
+        self: &Arc<Self>,
         mut command: Command,
+        stdin: Stdio,
         deadline: Duration,
     ) -> Result<Output> {
         let (out, stdout) = capture()?;
         let (err, stderr) = capture()?;
-        command.stdin(Stdio::null()).stdout(stdout).stderr(stderr);
+        command.stdin(stdin).stdout(stdout).stderr(stderr);
         let name = format!("{:?}", command.get_program());
         let mut child = self.spawn(command)?;
         let done = async { tokio::join!(child.wait(), read(out), read(err)) };

@@ -5,7 +5,10 @@ use crate::io::ChildStdio;
 use crate::mounts;
 use crate::reaper::{Child, Reaper};
 use ferry_oci::netns::Netns;
-use ferry_oci::runc::{Delete, Ps, Runc, Verb, last_error};
+use ferry_oci::runc::{Delete, Ps, Runc, Verb, last_error, tail};
+use rustix::fs::{MemfdFlags, memfd_create};
+use std::fs::File;
+use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -76,6 +79,16 @@ impl Runtime {
         let output = self.reaper.run(command, DEADLINE).await?;
         match output.status {
             0 => Ok(output.stdout),
+            status => Err(failure(verb.name(), &log, status, &output.stderr)),
+        }
+    }
+
+    /// Runs a command that reads `input`.
+    pub(crate) async fn call_fed(&self, verb: &dyn Verb, input: &[u8]) -> Result<()> {
+        let (command, log) = self.command(verb);
+        let output = self.reaper.run_fed(command, in_memory(input)?.into(), DEADLINE).await?;
+        match output.status {
+            0 => Ok(()),
             status => Err(failure(verb.name(), &log, status, &output.stderr)),
         }
     }
@@ -193,13 +206,19 @@ impl Running {
     }
 }
 
+/// What the runtime said last: in its log, or else in what it printed. Clients look for these words,
+/// which are those of containerd's own shim.
 fn failure(verb: &str, log: &Log, status: u32, stderr: &[u8]) -> Error {
-    let text = match last_error(&log.0) {
-        Ok(Some(text)) => text,
-        _ => match String::from_utf8_lossy(stderr).trim() {
-            "" => format!("exit status {status}"),
-            text => text.to_string(),
-        },
-    };
-    Error::internal(format!("runc {verb}: {text}"))
+    let printed = || tail(&String::from_utf8_lossy(stderr));
+    let said = last_error(&log.0).ok().flatten().or_else(printed);
+    let text = said.unwrap_or_else(|| format!("exit status {status}"));
+    Error::internal(format!("OCI runtime {verb} failed: {text}"))
+}
+
+/// A file that holds `bytes`, to be read from its beginning.
+fn in_memory(bytes: &[u8]) -> Result<File> {
+    let file = memfd_create("input", MemfdFlags::CLOEXEC).context("make a file in memory")?;
+    let mut file = File::from(file);
+    file.write_all(bytes).and_then(|()| file.rewind()).context("write a file in memory")?;
+    Ok(file)
 }

@@ -306,16 +306,26 @@ impl Task for Service {
         Ok(api::Empty::default())
     }
 
-    async fn update(&self, _: &TtrpcContext, _: api::UpdateTaskRequest) -> TtrpcResult<api::Empty> {
-        refuse("Update")
+    async fn update(
+        &self,
+        _: &TtrpcContext,
+        req: api::UpdateTaskRequest,
+    ) -> TtrpcResult<api::Empty> {
+        let container = self.get(&req.id)?;
+        complete("update", &req.id, async move {
+            container.update(req.resources.as_ref()).await?;
+            Ok(api::Empty::default())
+        })
+        .await
     }
 
     async fn stats(
         &self,
         _: &TtrpcContext,
-        _: api::StatsRequest,
+        req: api::StatsRequest,
     ) -> TtrpcResult<api::StatsResponse> {
-        refuse("Stats")
+        let stats = MessageField::some(self.get(&req.id)?.stats()?);
+        Ok(api::StatsResponse { stats, ..Default::default() })
     }
 }
 

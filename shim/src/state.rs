@@ -69,6 +69,8 @@ pub(crate) enum Op {
     Pause,
     /// Thaw.
     Resume,
+    /// Set other limits.
+    Update,
     /// Dump.
     Checkpoint,
     /// Remove.
@@ -86,6 +88,7 @@ impl fmt::Display for Op {
             Self::Kill => "kill",
             Self::Pause => "pause",
             Self::Resume => "resume",
+            Self::Update => "update",
             Self::Checkpoint => "checkpoint",
             Self::Delete => "delete",
         })
@@ -100,8 +103,9 @@ pub(crate) fn admit(status: Status, op: Op) -> Result<()> {
         Op::Start => matches!(status, Created),
         Op::Restore => matches!(status, Pending),
         Op::Release | Op::Abort => matches!(status, Held),
-        Op::Exec | Op::Pause => matches!(status, Running),
-        Op::Kill => matches!(status, Created | Running | Paused),
+        Op::Exec => matches!(status, Created | Running),
+        Op::Pause => matches!(status, Running),
+        Op::Kill | Op::Update => matches!(status, Created | Running | Paused),
         Op::Resume => matches!(status, Paused),
         Op::Checkpoint => matches!(status, Running | Paused),
         Op::Delete => matches!(status, Created | Pending | Stopped),
@@ -143,11 +147,13 @@ mod tests {
         assert_eq!(legal(Op::Restore), [Status::Pending]);
         assert_eq!(legal(Op::Release), [Status::Held]);
         assert_eq!(legal(Op::Abort), [Status::Held]);
-        assert_eq!(legal(Op::Exec), [Status::Running]);
+        assert_eq!(legal(Op::Exec), [Status::Created, Status::Running]);
         assert_eq!(legal(Op::Pause), [Status::Running]);
         assert_eq!(legal(Op::Resume), [Status::Paused]);
         assert_eq!(legal(Op::Checkpoint), [Status::Running, Status::Paused]);
-        assert_eq!(legal(Op::Kill), [Status::Created, Status::Running, Status::Paused]);
+        for op in [Op::Kill, Op::Update] {
+            assert_eq!(legal(op), [Status::Created, Status::Running, Status::Paused]);
+        }
         assert_eq!(legal(Op::Delete), [Status::Created, Status::Pending, Status::Stopped]);
     }
 

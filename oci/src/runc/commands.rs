@@ -180,6 +180,23 @@ impl Verb for Ps<'_> {
     }
 }
 
+/// `runc update --resources -`: reads the new limits, JSON as in the OCI spec, from its standard input.
+#[derive(Debug, Clone)]
+pub struct Update<'a> {
+    /// Container.
+    pub id: &'a str,
+}
+
+impl Verb for Update<'_> {
+    fn name(&self) -> &'static str {
+        "update"
+    }
+
+    fn args(&self) -> Vec<OsString> {
+        Args::default().arg("--resources").arg("-").arg(self.id).0
+    }
+}
+
 /// `runc checkpoint`.
 #[derive(Debug, Clone, Default)]
 pub struct Checkpoint<'a> {
@@ -352,6 +369,7 @@ mod tests {
         assert_eq!(line(&Pause { id: "a" }), "pause a");
         assert_eq!(line(&Resume { id: "a" }), "resume a");
         assert_eq!(line(&Ps { id: "a" }), "ps --format json a");
+        assert_eq!(line(&Update { id: "a" }), "update --resources - a");
     }
 
     #[test]

@@ -7,16 +7,25 @@ mod commands;
 mod log;
 
 pub use commands::{
-    Checkpoint, Create, Delete, Exec, Kill, Pause, Ps, Restore, Resume, Start, State,
+    Checkpoint, Create, Delete, Exec, Kill, Pause, Ps, Restore, Resume, Start, State, Update,
 };
-pub use log::{LogError, last_error};
+pub use log::{LogError, last_error, tail};
 
 use std::ffi::OsString;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Folder below which containerd's runc shims keep runc's state, one folder per namespace.
 pub const DEFAULT_ROOT: &str = "/run/containerd/runc";
+
+/// The OCI runtime is missing.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "exec: {0:?}: executable file not found in $PATH; the runtime option BinaryName names it, \
+     or the package runc brings it"
+)]
+pub struct NoBinary(PathBuf);
 
 /// A runc binary and the options that are the same for all of its commands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,6 +57,23 @@ impl Runc {
         }
         command.arg(verb.name()).args(verb.args());
         command
+    }
+
+    /// Where the binary is.
+    ///
+    /// # Errors
+    /// When it is not there, or no program.
+    pub fn find(&self) -> Result<PathBuf, NoBinary> {
+        let is_program =
+            |path: &Path| path.metadata().is_ok_and(|m| m.is_file() && m.mode() & 0o111 != 0);
+        let missing = || NoBinary(self.binary.clone());
+        if self.binary.components().count() > 1 {
+            let found = is_program(&self.binary).then(|| self.binary.clone());
+            return found.ok_or_else(missing);
+        }
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let candidates = std::env::split_paths(&path).map(|folder| folder.join(&self.binary));
+        candidates.into_iter().find(|path| is_program(path)).ok_or_else(missing)
     }
 
     /// Folder that holds runc's state of container `id`.
@@ -83,6 +109,17 @@ mod tests {
             argv(&command).join(" "),
             "runc --root /run/containerd/runc/default --log /b/log.json --log-format json start a"
         );
+    }
+
+    #[test]
+    fn a_missing_binary_is_named() {
+        let find = |binary: &str| Runc::new(binary, "", "default", false).find();
+        assert!(find("sh").unwrap().is_absolute());
+        assert_eq!(find("/bin/sh").unwrap(), Path::new("/bin/sh"));
+        for missing in ["no-such-runtime", "/bin/no-such-runtime", "/", "./sh"] {
+            let err = find(missing).unwrap_err().to_string();
+            assert!(err.contains(&format!("{missing:?}")), "{err}");
+        }
     }
 
     #[test]

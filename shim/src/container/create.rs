@@ -66,6 +66,8 @@ impl Container {
             exited: watch::Sender::new(None),
         });
         if let Some(init) = init {
+            // Before it runs: it may run out of memory at once.
+            container.found_init(init.pid() as u32, None);
             container.supervise(init);
         }
         Ok(container)
@@ -88,6 +90,8 @@ async fn prepare(
         child_io: None,
         checkpoint: request.checkpoint.clone(),
         execs: HashMap::new(),
+        cgroup: None,
+        oom: None,
         reserved: None,
     };
     if request.checkpoint.is_some() {

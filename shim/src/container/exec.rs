@@ -226,6 +226,7 @@ impl Container {
         let exit = child.wait().await;
         exec.drain().await;
         let _op = exec.op.lock().await;
+        self.tell_oom();
         self.events.send(TaskExit {
             container_id: self.id.clone(),
             id: exec.id.clone(),

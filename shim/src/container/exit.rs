@@ -48,12 +48,14 @@ impl Container {
 
     /// Publishes the end of the task, once. The caller holds `op`.
     pub(super) fn record_exit(&self, exit: Exit) {
+        self.tell_oom();
         let pid = {
             let mut inner = self.inner();
             if self.exited.borrow().is_some() {
                 return;
             }
             inner.status = Status::Stopped;
+            inner.oom = None;
             inner.pid
         };
         self.events.send(TaskExit {

@@ -14,6 +14,7 @@ mod lifecycle;
 mod network;
 mod prepared;
 mod relay;
+mod resources;
 mod restore;
 
 pub(crate) use checkpoint::CheckpointParams;
@@ -23,6 +24,7 @@ pub(crate) use network::Network;
 pub(crate) use prepared::{Extras, PreparedDump, PreparedRestore};
 pub(crate) use restore::{Held, HoldParams, RestoreParams};
 
+use crate::cgroup::{Cgroup, oom};
 use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::io::{ChildStdio, ProcessIo, Stdio};
@@ -61,6 +63,10 @@ struct Inner {
     /// Images to restore from, of a task created from a checkpoint.
     checkpoint: Option<PathBuf>,
     execs: HashMap<String, Arc<Exec>>,
+    /// Once there is a process, until the task is deleted.
+    cgroup: Option<Arc<Cgroup>>,
+    /// Until the exit of init.
+    oom: Option<oom::Watch>,
     reserved: Option<String>,
 }
 

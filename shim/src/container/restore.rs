@@ -229,6 +229,8 @@ impl Container {
     fn runs(self: &Arc<Self>, init: Child) -> u32 {
         self.inner().pid = init.pid() as u32;
         let pid = self.started();
+        let path = self.cgroups_path().unwrap_or_default();
+        self.found_init(pid, path.as_deref());
         self.supervise(init);
         pid
     }
