@@ -26,6 +26,7 @@ pub(crate) fn cleanup(namespace: &str, id: &str, bundle: &Path) -> u32 {
     let steps = [
         ("remove the container", delete(namespace, id, bundle)),
         ("unmount its root file system", mounts::umount(&bundle.join("rootfs"))),
+        ("unmount its layers", mounts::umount(&bundle.join(mounts::SHIFTED))),
         ("remove what is left of its migration", remove_migration(bundle)),
         ("remove the Ferry service's socket", remove_ferry_socket(bundle)),
         ("remove the Task service's socket", remove_task_socket(bundle)),

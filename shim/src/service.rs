@@ -52,10 +52,6 @@ async fn complete<T: Send + 'static>(
     Ok(result?)
 }
 
-fn refuse<T>(method: &str) -> TtrpcResult<T> {
-    Err(Error::unimplemented(format!("{method} is not supported by this shim")).into())
-}
-
 #[async_trait]
 impl Task for Service {
     async fn create(

@@ -1,11 +1,10 @@
 //! `-info`: what this runtime is, for containerd from 2.0 on. Asked before any container is there.
 
 use super::input;
-use crate::options;
+use crate::options::TaskOptions;
 use anyhow::{Context as _, Result, bail};
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use containerd_shim::protos::protobuf::{Message, MessageField};
-use containerd_shim::protos::shim::oci::Options;
 use containerd_shim::protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -26,7 +25,7 @@ pub(super) fn print() -> Result<()> {
 }
 
 fn info(sent: Option<Any>) -> Result<RuntimeInfo> {
-    let options: Options = options::decode(sent.as_ref())?;
+    let options = TaskOptions::decode(sent.as_ref())?;
     let binary = match options.binary_name.as_str() {
         "" => "runc",
         name => name,
@@ -68,6 +67,7 @@ fn features(binary: &Path) -> Option<Any> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use containerd_shim::protos::shim::oci::Options;
 
     #[test]
     fn a_missing_runtime_is_named() {

@@ -2,12 +2,12 @@
 //! and the runtime options on standard input.
 
 use super::answer::Form;
+use crate::options::TaskOptions;
 use anyhow::{Context as _, Result, bail, ensure};
 use containerd_shim::Flags;
-use containerd_shim::bootstrap::{BootstrapParams, LogLevel, any_is};
+use containerd_shim::bootstrap::{BootstrapParams, LogLevel};
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use containerd_shim::protos::protobuf::{Enum, Message};
-use containerd_shim::protos::shim::oci::Options;
 use std::io::{IsTerminal, Read};
 
 /// More than that is not read, as in containerd's own shim.
@@ -48,8 +48,8 @@ pub(super) struct Request {
     pub(super) debug: bool,
     /// Where containerd wants the socket, if it says so.
     pub(super) socket_dir: Option<String>,
-    /// The runtime options, if there are any of runc's type.
-    pub(super) options: Option<Options>,
+    /// The runtime options.
+    pub(super) options: TaskOptions,
     pub(super) form: Form,
 }
 
@@ -66,7 +66,7 @@ pub(super) fn read() -> Result<Vec<u8>> {
 /// Understands either way of asking.
 pub(super) fn parse(input: &[u8], flags: &Flags, env: Environment) -> Result<Request> {
     let request = match bootstrap(input, flags)? {
-        Some(params) => of_bootstrap(params, flags)?,
+        Some(params) => of_bootstrap(params, flags),
         None => of_flags(input, flags, env)?,
     };
     ensure!(!request.id.is_empty(), "no -id is given: containerd runs this program");
@@ -103,22 +103,22 @@ fn bootstrap(input: &[u8], flags: &Flags) -> Result<Option<BootstrapParams>> {
     }
 }
 
-fn of_bootstrap(params: BootstrapParams, flags: &Flags) -> Result<Request> {
+fn of_bootstrap(params: BootstrapParams, flags: &Flags) -> Request {
     let extensions: Vec<_> = params
         .extensions
         .into_iter()
         .filter_map(|extension| extension.value.into_option())
         .collect();
-    Ok(Request {
+    Request {
         id: params.instance_id,
         namespace: params.namespace,
         grpc_address: params.containerd_grpc_address,
         ttrpc_address: params.containerd_ttrpc_address,
         debug: flags.debug || params.log_level.value() <= LogLevel::LOG_LEVEL_DEBUG.value(),
         socket_dir: params.socket_dir.filter(|folder| !folder.is_empty()),
-        options: options(&extensions)?,
+        options: options(&extensions),
         form: Form::Protobuf,
-    })
+    }
 }
 
 fn of_flags(input: &[u8], flags: &Flags, env: Environment) -> Result<Request> {
@@ -134,16 +134,15 @@ fn of_flags(input: &[u8], flags: &Flags, env: Environment) -> Result<Request> {
         ttrpc_address: env.ttrpc_address,
         debug: flags.debug,
         socket_dir: None,
-        options: options(&[sent])?,
+        options: options(&[sent]),
         form: Form::before_bootstrap(env.max_version.as_deref()),
     })
 }
 
-/// Options of another type are none of start's business: Create refuses them by name.
-fn options(sent: &[Any]) -> Result<Option<Options>> {
-    let found = sent.iter().find(|any| any_is::<Options>(any));
-    let options = found.map(|any| Options::parse_from_bytes(&any.value)).transpose();
-    options.context("decode the runtime options")
+/// Options that cannot be read are none of start's business: Create refuses them by name.
+fn options(sent: &[Any]) -> TaskOptions {
+    let read = |any| TaskOptions::decode(Some(any)).ok();
+    sent.iter().find_map(read).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -151,6 +150,7 @@ mod tests {
     use super::*;
     use containerd_shim::bootstrap::Extension;
     use containerd_shim::protos::protobuf::EnumOrUnknown;
+    use containerd_shim::protos::shim::oci::Options;
 
     fn flags() -> Flags {
         Flags {
@@ -197,9 +197,9 @@ mod tests {
         assert_eq!(request.form, Form::Json(2));
         assert_eq!(request.grpc_address, "/run/c.sock");
         assert_eq!(request.ttrpc_address, "/run/c.sock.ttrpc");
-        assert_eq!((request.debug, request.options), (false, None));
+        assert_eq!((request.debug, request.options), (false, TaskOptions::default()));
         let request = parse(&any().write_to_bytes().unwrap(), &flags(), env()).unwrap();
-        assert_eq!(request.options.unwrap().shim_cgroup, "/shims");
+        assert_eq!(request.options.shim_cgroup, "/shims");
         assert_eq!(request.form, Form::Json(2));
         let env = Environment { max_version: None, ..env() };
         assert_eq!(parse(&[], &flags(), env).unwrap().form, Form::Address);
@@ -214,7 +214,7 @@ mod tests {
             assert_eq!((request.id.as_str(), request.namespace.as_str()), ("c", "ns"));
             assert_eq!((request.grpc_address.as_str(), request.debug), ("/g", true));
             assert_eq!(request.socket_dir.as_deref(), Some("/run/s"));
-            assert_eq!(request.options.unwrap().shim_cgroup, "/shims");
+            assert_eq!(request.options.shim_cgroup, "/shims");
         }
     }
 

@@ -105,8 +105,7 @@ fn spawn(request: &Request, bundle: &Path, listener: UnixListener) -> Result<()>
         confine::own_core().context("enable core scheduling")?;
     }
     let mut child = command.spawn().context("start the shim")?;
-    let cgroup = request.options.as_ref().map(|options| options.shim_cgroup.as_str());
-    confine::confine(child.id(), cgroup.unwrap_or_default()).inspect_err(|_| {
+    confine::confine(child.id(), &request.options.shim_cgroup).inspect_err(|_| {
         let _ = child.kill();
         let _ = child.wait();
     })

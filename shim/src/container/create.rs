@@ -40,8 +40,9 @@ impl Container {
     ) -> Result<Arc<Self>> {
         let shares_pids = shares_pids(&request.bundle)?;
         request.options.write(&request.bundle)?;
-        mounts::mount(request.rootfs.clone(), request.bundle.join("rootfs")).await?;
         let runc = request.options.runc(&containers.namespace);
+        runc.find().context("OCI runtime create failed")?;
+        mounts::mount(&request.rootfs, &request.bundle, &containers.reaper).await?;
         let runtime = Runtime::new(runc, containers.reaper.clone(), &request.bundle);
         let prepared = prepare(&request, &runtime, &containers.namespace).await;
         let (init, inner) = match prepared {
