@@ -89,7 +89,7 @@ fn output_to_a_log_program_goes_on_in_a_file() -> Result<()> {
         b.run(&format!("cat {log}")).is_ok_and(|log| numbers(&log.stdout).len() > 50)
     })?;
     // The program stays behind with what it has read, and ends.
-    a.wait_until("the log program has ended", |a| a.run("! pgrep -f bin/logger").is_ok())?;
+    a.wait_until("the log program has ended", |a| a.run("! pgrep -f '[b]in/logger'").is_ok())?;
     let before = numbers(&a.run("cat /var/log/box.out")?.stdout);
     let after = numbers(&b.run(&format!("cat {log}"))?.stdout);
     ensure!(in_order(&before) && before.first() == Some(&1), "on a: {before:?}");
