@@ -77,7 +77,7 @@ pub fn remove(host: &Host, id: &str) -> Result<i32> {
     }
     let deleted = host.output(&format!("ctr task rm {id}; echo; ctr container rm {id}"))?;
     let code = deleted.stderr.split("exit with non-zero exit code ").nth(1);
-    let code = code.map(|code| code.trim_matches(|c: char| !c.is_ascii_digit()));
+    let code = code.and_then(|code| code.split(|c: char| !c.is_ascii_digit()).next());
     code.map_or(Ok(0), |code| code.parse().with_context(|| format!("read {}", deleted.stderr)))
 }
 

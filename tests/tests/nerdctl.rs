@@ -74,7 +74,6 @@ fn a_detached_container_keeps_its_log_for_later_and_for_followers() -> Result<()
         let log = host.output("nerdctl logs counter")?;
         assert!(log.stdout.starts_with("line 1\nline 2\n"), "{runtime}: {log}");
         assert_eq!(log.stderr, "error\n", "{runtime}");
-        assert_eq!(nerdctl(host, "logs -n 1 counter")?, "last\n", "{runtime}");
         follower.stop()?;
         nerdctl(host, "rm counter")?;
 

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use ferry_tests::versions::{self, Runc, can_checkpoint};
+use ferry_tests::versions::{self, Containerd, Runc, can_checkpoint};
 use ferry_tests::{Host, Job, skip, task_lab};
 
 const FERRY: &str = "io.containerd.ferry.v2";
@@ -55,7 +55,7 @@ fn remove(host: &Host, id: &str) -> Result<i32> {
     }
     let deleted = host.output(&format!("ctr task rm {id}; echo; ctr container rm {id}"))?;
     let code = deleted.stderr.split("exit with non-zero exit code ").nth(1);
-    let code = code.map(|code| code.trim_matches(|c: char| !c.is_ascii_digit()));
+    let code = code.and_then(|code| code.split(|c: char| !c.is_ascii_digit()).next());
     code.map_or(Ok(0), |code| code.parse().with_context(|| format!("read {}", deleted.stderr)))
 }
 
@@ -87,7 +87,9 @@ fn exit_codes_are_those_of_the_process() -> Result<()> {
         assert_eq!(host.run(&format!("{run} echo hi"))?.stdout, "hi\n");
         assert_eq!(host.output(&format!("{run} sh -c 'exit 7'"))?.status.code(), Some(7));
         let missing = host.output(&format!("{run} no-such-program"))?;
-        assert!(missing.stderr.contains("executable file not found"), "{runtime}: {missing}");
+        let told =
+            missing.stderr.contains("executable file") && missing.stderr.contains("not found");
+        assert!(told, "{runtime}: {missing}");
 
         start(host, runtime, "", "t", IDLE)?;
         let exec = |command: &str| host.output(&format!("ctr task exec --exec-id e t {command}"));
@@ -137,8 +139,10 @@ fn output_of_short_processes_is_received_completely() -> Result<()> {
              sh -c 'yes 0123456789abcdef | head -c 100000' | wc -c; done",
         )?;
         let complete = counts.stdout.lines().filter(|count| *count == "100000").count();
-        // The reference loses the end of one output in a hundred.
-        let least = if runtime == FERRY { 100 } else { 90 };
+        // The reference loses the end of one output in a hundred; and ctr, which closes its ends of
+        // the FIFOs once the process is deleted, whatever it has not read: seen with 1.7 alone.
+        let whole = runtime == FERRY && versions::chosen()?.0 != Containerd::V1_7;
+        let least = if whole { 100 } else { 90 };
         assert!(complete >= least, "{runtime}: {}", counts.stdout);
         remove(host, "t")?;
     }
@@ -228,9 +232,10 @@ fn events_come_in_the_documented_order() -> Result<()> {
         ];
         let check = |id: &str, order: &[&str]| {
             let seen = topics(&events, id);
-            // The reference may end before it has sent its last events.
-            let sent = if runtime == REFERENCE { seen.len().min(order.len()) } else { order.len() };
-            assert_eq!(seen, order[..sent], "{runtime}: {}", about(&events, id));
+            // The reference may end before it has sent its last events, and that of 2.4 loses an exit.
+            let sent = |topic: &&&str| runtime != REFERENCE || seen.iter().any(|s| s == **topic);
+            let order: Vec<_> = order.iter().filter(sent).copied().collect();
+            assert_eq!(seen, order, "{runtime}: {}", about(&events, id));
         };
         check("full", &full);
         for i in 1..=20 {
@@ -345,6 +350,10 @@ fn a_container_is_checkpointed_and_goes_on_where_it_was() -> Result<()> {
         remove(host, "t")?;
         host.run("ctr image rm image")?;
 
+        if runtime == FERRY && versions::chosen()?.0 == Containerd::V1_7 {
+            // Its ctr sends options to the reference alone.
+            continue;
+        }
         start(host, runtime, "", "t", IDLE)?;
         host.run("ctr task checkpoint --exit --image-path /tmp/images t && rm -r /tmp/images")?;
         wait_for_status(host, "t", "STOPPED")?;
