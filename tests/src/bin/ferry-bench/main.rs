@@ -1,4 +1,5 @@
-//! `ferry-bench`: how long moves take, by hand and with ferry, side by side. Called by `hack/bench`.
+//! `ferry-bench`: how long moves take, by hand and with ferry, side by side; and what the shim costs.
+//! Called by `hack/bench`.
 //!
 //! ```text
 //!  cells     workload x ways x link              what is moved
@@ -11,6 +12,7 @@
 //!  record    every single move                   --json
 //!  stats     percentiles by nearest rank
 //!  table     terminal, --markdown      svg --svg      profile --profile
+//!  shim      memory and time of the shim beside containerd's own
 //! ```
 //!
 //! The pause is from the freezer to the running tasks: ferry's as it reports it, by hand as the
@@ -28,6 +30,7 @@ mod record;
 mod reporter;
 mod run;
 mod script;
+mod shim;
 mod stats;
 mod svg;
 mod table;
@@ -69,6 +72,8 @@ enum Action {
     /// Move containers between test hosts, by hand, with podman and with ferry, and measure
     #[command(after_long_help = table::NOTES)]
     Migrate(Migrate),
+    /// Measure memory and start of the shim beside containerd's own
+    Shim(shim::Shim),
     /// Ask a server every millisecond until the input ends
     #[command(hide = true)]
     Ask(client::Ask),
@@ -116,6 +121,14 @@ fn main() -> ExitCode {
             Ok(true)
         }
         Action::Migrate(options) => sweep::remove_at_signal().and_then(|()| migrate(&options)),
+        Action::Shim(options) => match sweep::remove_at_signal().and_then(|()| shim::run(&options))
+        {
+            Ok(false) => {
+                eprintln!("ferry-bench: a goal is missed, see above");
+                return ExitCode::FAILURE;
+            }
+            done => done,
+        },
         Action::Ask(ask) => client::run(&ask).map(|()| true),
         Action::Connect(connect) => connect::run(&connect).map(|()| true),
         Action::Offer(offer) => offer::run(&offer).map(|()| true),
