@@ -18,6 +18,8 @@ mod containers;
 mod error;
 mod events;
 mod ferry;
+#[cfg(test)]
+mod fuzz;
 mod io;
 mod mounts;
 mod options;

@@ -19,6 +19,8 @@ pub(super) fn init(debug: bool) -> Result<()> {
         .open(FIFO)
         .context("open the log")?;
     log::set_boxed_logger(Box::new(FifoLogger::with_file(fifo))).context("set the log up")?;
+    // Nobody reads what is printed.
+    std::panic::set_hook(Box::new(|panic| log::error!("{panic}")));
     log::set_max_level(if debug { LevelFilter::Debug } else { LevelFilter::Info });
     Ok(())
 }

@@ -69,6 +69,8 @@ async fn serve(flags: &Flags, containerd: &str, listener: UnixListener) -> Resul
     let socket = Socket::of(&listener);
     let exit = Arc::new(ExitSignal::default());
     exit_on_signal(exit.clone()).context("listen for signals")?;
+    // The Go shim writes its stacks then: who asks for them must not end this one. A handler stays.
+    signal(SignalKind::user_defined1()).map(drop).context("listen for signals")?;
     let events = Arc::new(Events::start(containerd, &flags.namespace));
     let containers =
         Containers::new(&flags.namespace, Reaper::start()?, events.clone(), exit.clone());

@@ -2,7 +2,7 @@
 
 use super::{Container, Inner, read_pid};
 use crate::containers::Containers;
-use crate::error::{Context as _, Result};
+use crate::error::{Context as _, Error, Result};
 use crate::io::{ProcessIo, Setup, Stdio};
 use crate::mounts;
 use crate::options::TaskOptions;
@@ -168,7 +168,13 @@ struct Namespace {
 
 /// Whether the container of `bundle` lives in a pid namespace that is not its own.
 fn shares_pids(bundle: &Path) -> Result<bool> {
-    let spec = std::fs::read(bundle.join("config.json")).context("read the bundle's config")?;
+    let spec = match std::fs::read(bundle.join("config.json")) {
+        Err(err) if err.kind() == std::io::ErrorKind::NotFound => {
+            let text = format!("the bundle {} has no config.json", bundle.display());
+            return Err(Error::not_found(text));
+        }
+        spec => spec.context("read the bundle's config")?,
+    };
     let spec: Spec = serde_json::from_slice(&spec).context("read the bundle's config")?;
     let own = |namespace: &Namespace| namespace.kind == "pid" && namespace.path.is_empty();
     Ok(!spec.linux.namespaces.iter().any(own))

@@ -369,3 +369,9 @@ pub(crate) mod tests {
         });
     }
 }
+
+/// For the fuzzing.
+#[cfg(test)]
+pub(crate) fn is_served(name: &str) -> bool {
+    uri::parse(name).is_ok()
+}
