@@ -30,9 +30,11 @@
 //! removed by the next lab that starts (see [sweep]).
 
 pub mod base;
+pub mod by_hand;
 pub mod cache;
 pub mod cgroup;
 pub mod ctr;
+pub mod events;
 pub mod exec;
 pub mod faults;
 pub mod golang;
@@ -46,6 +48,8 @@ pub mod prereq;
 pub mod process;
 pub mod scene;
 pub mod sweep;
+pub mod table;
+pub mod task;
 pub mod versions;
 
 pub use exec::{Job, Output};

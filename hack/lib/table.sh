@@ -1,0 +1,33 @@
+# shellcheck shell=bash
+# The table of what ferry and the reference answer: tests add rows to it (see ferry_tests::table).
+
+# Where the tests find it.
+table_start() {
+    FERRY_TABLE=$(mktemp)
+    export FERRY_TABLE
+    trap 'rm -f "$log" "$FERRY_TABLE"' EXIT
+}
+
+# Prints it, for each containerd in the order of areas and of what was done in them.
+table_show() {
+    [ -s "${FERRY_TABLE:-}" ] || return 0
+    echo
+    # Rows of one area come in a row, but areas in the order in which tests end.
+    LC_ALL=C sort --stable --field-separator='|' --key=1,1 --key=2,2 "$FERRY_TABLE" | awk -F'|' '
+        BEGIN { split("containerd|area|case|ferry|reference", head, "|") }
+        { for (n = 1; n <= 5; n++) cell[NR, n] = $n == "" ? "default" : $n }
+        END {
+            for (n = 1; n <= 5; n++) {
+                cell[0, n] = head[n]
+                for (row = 0; row <= NR; row++)
+                    if (length(cell[row, n]) > width[n]) width[n] = length(cell[row, n])
+            }
+            for (row = 0; row <= NR; row++) {
+                line = ""
+                for (n = 1; n <= 5; n++) line = line sprintf("%-*s  ", width[n], cell[row, n])
+                sub(/ +$/, "", line)
+                print line (row && cell[row, 4] != cell[row, 5] ? "  *" : "")
+            }
+            print "* the answers differ; tests/tests/matrix/differences.rs says why that is wanted"
+        }'
+}

@@ -1,0 +1,51 @@
+//! The Task API, call by call: ferry's shim and the reference are asked the same in every state, and
+//! where they answer differently [`differences`] says why. What they answer is in the
+//! table that `hack/test --all` shows.
+
+mod asked;
+mod deaths;
+mod differences;
+mod events;
+mod fuzz;
+mod many;
+mod states;
+mod streams;
+
+use anyhow::{Result, bail, ensure};
+use ferry_tests::{Lab, table};
+
+/// The programs, in the order of the table's columns.
+const SHIMS: [&str; 2] = ["containerd-shim-ferry-v2", "containerd-shim-runc-v2"];
+
+/// A host with ferry's shim.
+fn lab() -> Result<Lab> {
+    let lab = Lab::start(1)?;
+    let installed = lab.install_ferry()?;
+    ensure!(
+        installed.iter().any(|path| path.ends_with(SHIMS[0])),
+        "{} has not been built",
+        SHIMS[0]
+    );
+    Ok(lab)
+}
+
+/// What was done, and what came of it, in order.
+type Answers = Vec<(String, String)>;
+
+/// Adds the answers of both shims to the table. Fails where they differ and nobody has said why.
+fn compare(area: &str, [ferry, reference]: [Answers; 2]) -> Result<()> {
+    let cases =
+        |answers: &Answers| answers.iter().map(|(case, _)| case.clone()).collect::<Vec<_>>();
+    ensure!(cases(&ferry) == cases(&reference), "not the same was done with both: {ferry:?}");
+    let mut wrong = Vec::new();
+    for ((case, ferry), (_, reference)) in ferry.iter().zip(&reference) {
+        table::row(area, case, ferry, reference)?;
+        if ferry != reference && !differences::is_wanted(area, case, ferry, reference) {
+            wrong.push(format!("{area}, {case}: ferry {ferry}, reference {reference}"));
+        }
+    }
+    if !wrong.is_empty() {
+        bail!("answers that are not as wanted:\n{}", wrong.join("\n"));
+    }
+    Ok(())
+}

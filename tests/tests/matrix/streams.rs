@@ -1,0 +1,209 @@
+//! Every kind of stream, of a task and of an exec: what the process writes arrives, all of it.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use ferry_tests::by_hand::{ByHand, IDLE, Shim, exec_request};
+use ferry_tests::task::api::{self, Status};
+
+use crate::{Answers, SHIMS, compare, lab};
+
+/// Copies its streams into files, as nerdctl's logger does: 3 and 4 to read from, 5 to say that it
+/// is ready.
+const LOGGER: &str = "#!/bin/bash
+cat <&3 >/tmp/logged.out & cat <&4 >/tmp/logged.err & exec 5>&-; wait; touch /tmp/logged";
+const TALK: &[&str] = &["sh", "-c", "echo out; echo err >&2; exit 3"];
+const ECHO: &[&str] = &["sh", "-c", "cat; exit 4"];
+const TTY: &[&str] = &["sh", "-c", "test -t 0 && test -t 1 && stty size; read x; echo $x; exit 5"];
+
+/// Where streams go.
+#[derive(Default)]
+struct Streams {
+    stdin: String,
+    stdout: String,
+    stderr: String,
+    terminal: bool,
+}
+
+/// One process with streams: a task, or an exec of the idle task `streams`.
+struct Process<'a> {
+    hand: &'a ByHand<'a>,
+    shim: &'a Shim,
+    name: String,
+    exec: bool,
+}
+
+impl Process<'_> {
+    fn ids(&self) -> (&str, &str) {
+        if self.exec { ("streams", &self.name) } else { (&self.name, "") }
+    }
+
+    fn start(&self, args: &[&str], streams: &Streams) -> Result<()> {
+        let Streams { stdin, stdout, stderr, terminal } = streams;
+        let (id, exec) = self.ids();
+        if self.exec {
+            let mut request = exec_request(id, exec, args);
+            let mut process: serde_json::Value = serde_json::from_slice(&request.spec.value)?;
+            process["terminal"] = (*terminal).into();
+            request.spec.mut_or_insert_default().value = process.to_string().into_bytes();
+            (request.stdin, request.stdout) = (stdin.clone(), stdout.clone());
+            (request.stderr, request.terminal) = (stderr.clone(), *terminal);
+            self.shim.task.call::<api::Empty>("Exec", &request)?;
+        } else {
+            let bundle = self.hand.bundle(id, args)?;
+            let config = self.hand.path(&bundle).join("config.json");
+            let mut spec: serde_json::Value = serde_json::from_slice(&std::fs::read(&config)?)?;
+            spec["process"]["terminal"] = (*terminal).into();
+            std::fs::write(&config, spec.to_string())?;
+            let mut request = self.hand.create_request(id);
+            (request.stdin, request.stdout) = (stdin.clone(), stdout.clone());
+            (request.stderr, request.terminal) = (stderr.clone(), *terminal);
+            self.shim.task.call::<api::CreateTaskResponse>("Create", &request)?;
+        }
+        self.shim.start(id, exec)?;
+        Ok(())
+    }
+
+    /// Waits for its end and removes it; the exit code.
+    fn end(&self) -> Result<u32> {
+        let (id, exec) = self.ids();
+        let limit = Duration::from_secs(30);
+        let request =
+            api::WaitRequest { id: id.into(), exec_id: exec.into(), ..Default::default() };
+        let exit: api::WaitResponse = self.shim.task.call_for("Wait", &request, limit)?;
+        self.shim.delete(id, exec)?;
+        Ok(exit.exit_status)
+    }
+
+    /// Removes what a failure has left.
+    fn forget(&self) {
+        let (id, exec) = self.ids();
+        let _ = self.shim.kill(id, exec, 9);
+        let _ = self.shim.wait_for_status(id, exec, Status::STOPPED);
+        let _ = self.shim.delete(id, exec);
+    }
+
+    fn fifo(&self, stream: &str) -> Result<(String, File)> {
+        self.hand.fifo(&format!("{}.{stream}", self.name))
+    }
+
+    fn null(&self) -> Result<String> {
+        self.start(TALK, &Streams::default())?;
+        Ok(format!("exit {}", self.end()?))
+    }
+
+    fn fifos(&self) -> Result<String> {
+        let ((stdout, mut out), (stderr, mut err)) = (self.fifo("out")?, self.fifo("err")?);
+        self.start(TALK, &Streams { stdout, stderr, ..Default::default() })?;
+        let code = self.end()?;
+        Ok(format!("{:?} {:?} exit {code}", text(&mut out)?, text(&mut err)?))
+    }
+
+    fn input(&self) -> Result<String> {
+        let ((stdin, mut input), (stdout, mut out)) = (self.fifo("in")?, self.fifo("out")?);
+        self.start(ECHO, &Streams { stdin, stdout, ..Default::default() })?;
+        input.write_all(b"in\n")?;
+        drop(input);
+        let (id, exec) = self.ids();
+        let (id, exec_id) = (id.into(), exec.into());
+        let close = api::CloseIORequest { id, exec_id, stdin: true, ..Default::default() };
+        self.shim.task.call::<api::Empty>("CloseIO", &close)?;
+        let code = self.end()?;
+        Ok(format!("{:?} exit {code}", text(&mut out)?))
+    }
+
+    fn file(&self) -> Result<String> {
+        let log = format!("/tmp/{}/new/log", self.name);
+        let uri = format!("file://{log}");
+        self.start(TALK, &Streams { stdout: uri.clone(), stderr: uri, ..Default::default() })?;
+        let code = self.end()?;
+        let log = std::fs::read_to_string(self.hand.path(&log)).context("read the log")?;
+        let mut lines: Vec<_> = log.lines().collect();
+        lines.sort_unstable();
+        Ok(format!("{lines:?} exit {code}"))
+    }
+
+    fn binary(&self) -> Result<String> {
+        let host = self.hand.host;
+        let logger = self.hand.path("/usr/local/bin/logger");
+        std::fs::write(&logger, LOGGER).context("write the logger")?;
+        host.run("chmod +x /usr/local/bin/logger; rm -f /tmp/logged*")?;
+        let uri = "binary:///usr/local/bin/logger?key=value".to_owned();
+        self.start(TALK, &Streams { stdout: uri.clone(), stderr: uri, ..Default::default() })?;
+        let code = self.end()?;
+        host.wait_until("the logger has ended", |h| {
+            h.output("test -e /tmp/logged").is_ok_and(|o| o.status.success())
+        })?;
+        let read = |name: &str| std::fs::read_to_string(self.hand.path(name)).context("read a log");
+        Ok(format!("{:?} {:?} exit {code}", read("/tmp/logged.out")?, read("/tmp/logged.err")?))
+    }
+
+    fn terminal(&self) -> Result<String> {
+        let ((stdin, mut input), (stdout, mut out)) = (self.fifo("in")?, self.fifo("out")?);
+        self.start(TTY, &Streams { stdin, stdout, terminal: true, ..Default::default() })?;
+        input.write_all(b"in\n")?;
+        let code = self.end()?;
+        drop(input);
+        Ok(format!("{:?} exit {code}", text(&mut out)?))
+    }
+}
+
+/// What is there to be read.
+fn text(from: &mut File) -> Result<String> {
+    let mut bytes = Vec::new();
+    match from.read_to_end(&mut bytes) {
+        Err(err) if err.kind() != std::io::ErrorKind::WouldBlock => Err(err).context("read a FIFO"),
+        _ => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+    }
+}
+
+type Kind = (&'static str, fn(&Process<'_>) -> Result<String>);
+
+const KINDS: [Kind; 6] = [
+    ("null", |process| process.null()),
+    ("fifo", |process| process.fifos()),
+    ("fifo for input", |process| process.input()),
+    ("file", |process| process.file()),
+    ("binary", |process| process.binary()),
+    ("terminal", |process| process.terminal()),
+];
+
+fn answers(hand: &ByHand<'_>, program: &str) -> Result<Answers> {
+    let shim = hand.shim(program, "streams", ferry_tests::task::V3)?;
+    hand.create(&shim, "streams", IDLE)?;
+    shim.start("streams", "")?;
+    let mut answers = Answers::new();
+    for exec in [false, true] {
+        for (n, (kind, run)) in KINDS.iter().enumerate() {
+            let what = if exec { "exec" } else { "task" };
+            let process =
+                Process { hand, shim: &shim, name: format!("{what}-{n}-of-{program}"), exec };
+            let answer = run(&process).unwrap_or_else(|err| {
+                process.forget();
+                format!("{err:#}")
+            });
+            println!("  {kind}, {what}: {answer}");
+            answers.push((format!("{kind}, {what}"), answer));
+        }
+    }
+    shim.has_not_panicked()?;
+    shim.kill("streams", "", 9)?;
+    shim.wait("streams", "")?;
+    shim.delete("streams", "")?;
+    Ok(answers)
+}
+
+#[test]
+fn every_kind_of_stream_carries_all_of_it() -> Result<()> {
+    let lab = lab()?;
+    let hand = ByHand::on(lab.host("a"))?;
+    let mut both = [Answers::new(), Answers::new()];
+    for (program, of) in SHIMS.into_iter().zip(&mut both) {
+        println!("{program}:");
+        *of = answers(&hand, program)?;
+        hand.clear()?;
+    }
+    compare("streams", both)
+}
