@@ -5,6 +5,7 @@ use crate::container::Network;
 use crate::error::{Context as _, Result};
 use crate::mounts;
 use crate::options::TaskOptions;
+use crate::strays;
 use ferry_oci::netns::Netns;
 use ferry_oci::runc::Delete;
 use ferry_oci::sockets::{self, Silenced};
@@ -24,7 +25,9 @@ const LAST_IMAGE: &str = "inventory.img";
 pub(crate) fn cleanup(namespace: &str, id: &str, bundle: &Path) -> u32 {
     let silenced = silence(bundle);
     let steps = [
+        ("end what works on the container", end_commands(namespace, bundle)),
         ("remove the container", delete(namespace, id, bundle)),
+        ("remove its cgroups", strays::remove_cgroups(bundle)),
         ("unmount its root file system", mounts::umount(&bundle.join("rootfs"))),
         ("unmount its layers", mounts::umount(&bundle.join(mounts::SHIFTED))),
         ("remove what is left of its migration", remove_migration(bundle)),
@@ -62,6 +65,11 @@ fn migration(bundle: &Path) -> Option<String> {
 fn init_pid(bundle: &Path) -> u32 {
     let pid = std::fs::read_to_string(bundle.join("init.pid")).unwrap_or_default();
     pid.trim().parse().unwrap_or_default()
+}
+
+fn end_commands(namespace: &str, bundle: &Path) -> Result<()> {
+    let runc = TaskOptions::read(bundle)?.runc(namespace);
+    strays::end(&runc.binary, bundle)
 }
 
 fn delete(namespace: &str, id: &str, bundle: &Path) -> Result<()> {

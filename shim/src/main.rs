@@ -27,6 +27,7 @@ mod reaper;
 mod runtime;
 mod service;
 mod state;
+mod strays;
 
 use std::process::ExitCode;
 

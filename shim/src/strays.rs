@@ -1,0 +1,123 @@
+//! What goes on without its shim when that dies in a restore: runc and CRIU, which would bring the
+//! container back with nobody to look after it. There is no container yet that runc could delete.
+
+use crate::error::{Context as _, Error, Result};
+use ferry_oci::cgroups;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::collections::HashSet;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// How long what was killed may take to be gone.
+const LIMIT: Duration = Duration::from_secs(10);
+const BETWEEN: Duration = Duration::from_millis(20);
+
+/// Ends the commands of `runc` that work on `bundle`, and all that they have started.
+pub(crate) fn end(runc: &Path, bundle: &Path) -> Result<()> {
+    let end = Instant::now() + LIMIT;
+    loop {
+        let left = commands(runc, bundle);
+        if left.is_empty() {
+            break;
+        }
+        in_time(end, "runc and CRIU")?;
+        for pid in left {
+            // It may have ended meanwhile.
+            let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
+        }
+        std::thread::sleep(BETWEEN);
+    }
+    Ok(())
+}
+
+/// Removes the cgroups of the container of `bundle`, which runc does not know, with what is in them.
+pub(crate) fn remove_cgroups(bundle: &Path) -> Result<()> {
+    let end = Instant::now() + LIMIT;
+    let Some(path) = cgroups_path(bundle)? else { return Ok(()) };
+    while !cgroups::remove_empty(&path) {
+        in_time(end, "the container's cgroups")?;
+        cgroups::kill_members(&path);
+        std::thread::sleep(BETWEEN);
+    }
+    Ok(())
+}
+
+fn in_time(end: Instant, what: &str) -> Result<()> {
+    match Instant::now() < end {
+        true => Ok(()),
+        false => Err(Error::deadline_exceeded(format!("{what} are not gone in {LIMIT:?}"))),
+    }
+}
+
+/// Those of `runc` that were given a file in `bundle`, and their descendants. None that has ended.
+fn commands(runc: &Path, bundle: &Path) -> HashSet<u32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids: Vec<u32> =
+        entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    let mut found: HashSet<u32> =
+        pids.iter().copied().filter(|pid| is_command(*pid, runc, bundle)).collect();
+    // A child may stand before its parent.
+    loop {
+        let more: Vec<u32> = pids
+            .iter()
+            .copied()
+            .filter(|pid| !found.contains(pid))
+            .filter(|pid| cgroups::parent(*pid).is_some_and(|parent| found.contains(&parent)))
+            .collect();
+        if more.is_empty() {
+            break;
+        }
+        found.extend(more);
+    }
+    found.retain(|pid| !cgroups::has_ended(*pid));
+    found
+}
+
+fn is_command(pid: u32, runc: &Path, bundle: &Path) -> bool {
+    let text = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let mut words =
+        text.split(|byte| *byte == 0).map(|word| Path::new(std::ffi::OsStr::from_bytes(word)));
+    let program = words.next().and_then(Path::file_name);
+    program.is_some() && program == runc.file_name() && words.any(|word| word.starts_with(bundle))
+}
+
+fn cgroups_path(bundle: &Path) -> Result<Option<PathBuf>> {
+    let config = bundle.join("config.json");
+    if !config.exists() {
+        return Ok(None);
+    }
+    let spec = oci_spec::runtime::Spec::load(config).context("read the bundle's config")?;
+    Ok(spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Command, Stdio};
+
+    #[test]
+    fn a_command_on_the_bundle_ends_with_its_children_and_another_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("runc");
+        std::fs::copy("/bin/bash", &program).unwrap();
+        let start = |bundle: &str| {
+            let script = "sleep 1000 & wait";
+            let log = dir.path().join(bundle).join("log.json");
+            let mut command = Command::new(&program);
+            command.args(["-c", script]).arg(log).stdout(Stdio::null());
+            command.spawn().unwrap()
+        };
+        let (mut mine, mut other) = (start("mine"), start("other"));
+        let bundle = dir.path().join("mine");
+        while commands(Path::new("runc"), &bundle).len() < 2 {
+            std::thread::sleep(BETWEEN);
+        }
+        end(Path::new("/some/where/runc"), &bundle).unwrap();
+        assert!(!mine.wait().unwrap().success());
+        assert!(other.try_wait().unwrap().is_none());
+        end(Path::new("runc"), &dir.path().join("other")).unwrap();
+        other.wait().unwrap();
+    }
+}
