@@ -37,12 +37,10 @@ ln -s fd/2 dev/stderr
 # Every cgroup hierarchy this process is in, seen from its own cgroup namespace.
 if [ "$(cut -d: -f2 /proc/self/cgroup)" = "" ]; then
     mount -t cgroup2 cgroup2 sys/fs/cgroup
-    # Controllers can be handed on only by a group without processes.
+    # Controllers can be handed on only by a group without processes: the harness does that, which
+    # also moves the parent of this one.
     mkdir sys/fs/cgroup/init
     echo 1 >sys/fs/cgroup/init/cgroup.procs
-    tr ' ' '\n' <sys/fs/cgroup/cgroup.controllers | while read -r controller; do
-        echo "+$controller" >sys/fs/cgroup/cgroup.subtree_control || true
-    done
 else
     mount -t tmpfs -o mode=755 tmpfs sys/fs/cgroup
     while IFS=: read -r _ controllers _; do

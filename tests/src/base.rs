@@ -8,8 +8,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::cache;
 use crate::exec::run;
+use crate::{cache, prereq};
 
 /// Raised when the recipe below changes in a way that its inputs do not show.
 const RECIPE: &str = "1";
@@ -85,6 +85,7 @@ pub(crate) fn alone() -> Command {
 }
 
 fn build(new: &Path) -> Result<()> {
+    prereq::check_makers()?;
     fs::set_permissions(new, fs::Permissions::from_mode(0o755))?;
     run(alone().args(["mmdebstrap", "--quiet"]).args([
         "--variant=minbase",

@@ -42,6 +42,23 @@ impl Cgroup {
         Ok(())
     }
 
+    /// Where v2 is alone: moves what is left in the group itself into the leaf that its host's first
+    /// process made (see boot.sh), and hands all controllers on.
+    pub fn hand_on(&self) -> Result<()> {
+        let [dir] = self.dirs.as_slice() else { return Ok(()) };
+        let leaf = dir.join("init");
+        if !leaf.exists() {
+            return Ok(());
+        }
+        let list = fs::read_to_string(dir.join("cgroup.procs")).context("read a host's group")?;
+        for pid in list.lines() {
+            // One that has ended meanwhile need not be moved.
+            let _ = fs::write(leaf.join("cgroup.procs"), pid);
+        }
+        hand_on_controllers(dir);
+        Ok(())
+    }
+
     /// The files a process writes `0` to in order to enter the group.
     pub fn doors(&self) -> Vec<PathBuf> {
         self.dirs
@@ -111,12 +128,7 @@ fn parse_hierarchies(mountinfo: &str) -> Vec<PathBuf> {
 
 fn create(dir: &Path) -> std::io::Result<()> {
     let parent = dir.parent().unwrap_or(dir);
-    // v2 hands controllers on only where told so; not all can be.
-    if let Ok(controllers) = fs::read_to_string(parent.join("cgroup.controllers")) {
-        for controller in controllers.split_whitespace() {
-            let _ = fs::write(parent.join("cgroup.subtree_control"), format!("+{controller}"));
-        }
-    }
+    hand_on_controllers(parent);
     fs::create_dir(dir).or_else(|e| match e.kind() {
         ErrorKind::AlreadyExists => Ok(()),
         _ => Err(e),
@@ -128,6 +140,15 @@ fn create(dir: &Path) -> std::io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// v2 hands controllers on only where told so; not all can be.
+fn hand_on_controllers(dir: &Path) {
+    if let Ok(controllers) = fs::read_to_string(dir.join("cgroup.controllers")) {
+        for controller in controllers.split_whitespace() {
+            let _ = fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}"));
+        }
+    }
 }
 
 /// Calls `act` for every group below `dir`, innermost first, then for `dir`.

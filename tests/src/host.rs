@@ -101,6 +101,7 @@ impl Host {
             parent: Mutex::new(Some(parent)),
         };
         host.entry.pid = host.wait_for_pid(&plan.state)?;
+        host.cgroup.hand_on()?;
         host.entry.doors = host.cgroup.doors();
         Ok(host)
     }

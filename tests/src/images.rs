@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 
 use crate::exec::run;
 use crate::lab::Lab;
-use crate::{base, cache, layers, sweep};
+use crate::{base, cache, layers, prereq, sweep};
 
 /// Raised when the recipes below change.
 const RECIPE: &str = "4";
@@ -85,12 +85,17 @@ const RECIPES: &[Recipe] = &[
 
 /// A folder for `/var/lib/containerd` that holds all images, to be copied; made where missing.
 pub fn ensure() -> Result<PathBuf> {
+    Ok(folder()?.join("containerd"))
+}
+
+/// The folder in the cache that [`ensure`]'s is in; made where missing.
+pub fn folder() -> Result<PathBuf> {
     let key = key()?;
     let folder = cache::folder("images", &key, |new| {
         eprintln!("making the test images (some seconds, once)");
         build(new)
     });
-    Ok(folder.context("make the test images")?.join("containerd"))
+    folder.context("make the test images")
 }
 
 /// Removes base systems, layers and images that this version does not use, unless some lab may.
@@ -124,6 +129,7 @@ fn sources() -> Result<Vec<Vec<u8>>> {
 }
 
 fn build(new: &Path) -> Result<()> {
+    prereq::check_makers()?;
     let base = base::ensure()?;
     for workload in WORKLOADS {
         compile(workload, new)?;

@@ -67,3 +67,9 @@ pub fn skip(reason: &str) {
     // Not print: the test runner would keep that to itself.
     let _ = writeln!(std::io::stderr(), "\nskipped: {name}: {reason}");
 }
+
+/// How often a test repeats something: `usual` times, or a tenth of that on a machine so slow that
+/// `FERRY_TEST_FEW` is set.
+pub fn times(usual: usize) -> usize {
+    if std::env::var_os("FERRY_TEST_FEW").is_some() { usual.div_ceil(10) } else { usual }
+}

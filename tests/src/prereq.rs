@@ -6,13 +6,10 @@ use std::path::Path;
 use anyhow::{Result, bail};
 
 /// Programs of the machine itself, and the Debian package each is in.
-const PROGRAMS: &[(&str, &str)] = &[
-    ("mmdebstrap", "mmdebstrap"),
-    ("ip", "iproute2"),
-    ("nsenter", "util-linux"),
-    ("unshare", "util-linux"),
-    ("rustc", "the Rust toolchain"),
-];
+const PROGRAMS: &[(&str, &str)] =
+    &[("ip", "iproute2"), ("nsenter", "util-linux"), ("unshare", "util-linux")];
+/// Programs that make what is missing in the cache.
+const MAKERS: &[(&str, &str)] = &[("mmdebstrap", "mmdebstrap"), ("rustc", "the Rust toolchain")];
 
 /// An error that lists all that is missing.
 pub fn check() -> Result<()> {
@@ -20,11 +17,7 @@ pub fn check() -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         missing.push("must run as root (namespaces, mounts, CRIU)".to_owned());
     }
-    for (program, package) in PROGRAMS {
-        if !on_path(program) {
-            missing.push(format!("`{program}` is not installed (package: {package})"));
-        }
-    }
+    missing.extend(not_installed(PROGRAMS));
     for namespace in ["cgroup", "ipc", "mnt", "net", "pid", "time", "uts"] {
         if !Path::new("/proc/self/ns").join(namespace).exists() {
             missing.push(format!("the kernel has no {namespace} namespaces"));
@@ -34,10 +27,26 @@ pub fn check() -> Result<()> {
     if !filesystems.lines().any(|line| line.ends_with("\toverlay")) {
         missing.push("the kernel has no overlay file system (try: modprobe overlay)".to_owned());
     }
+    refuse("test hosts", &missing)
+}
+
+/// [`check`] of what it takes to make the base system and the images.
+pub fn check_makers() -> Result<()> {
+    refuse("the base system and images", &not_installed(MAKERS))
+}
+
+fn refuse(what: &str, missing: &[String]) -> Result<()> {
     if !missing.is_empty() {
-        bail!("test hosts cannot be made here:\n  - {}", missing.join("\n  - "));
+        bail!("{what} cannot be made here:\n  - {}", missing.join("\n  - "));
     }
     Ok(())
+}
+
+fn not_installed(programs: &[(&str, &str)]) -> Vec<String> {
+    let absent = programs.iter().filter(|(program, _)| !on_path(program));
+    absent
+        .map(|(name, package)| format!("`{name}` is not installed (package: {package})"))
+        .collect()
 }
 
 fn on_path(program: &str) -> bool {

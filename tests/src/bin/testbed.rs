@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 use ferry_tests::layers::Layer;
-use ferry_tests::{Lab, cache, images, layers, network, sweep, versions};
+use ferry_tests::{Lab, base, cache, images, layers, network, sweep, versions};
 use nix::fcntl::FlockArg;
 
 /// Prints a line. That nobody reads on, as in `testbed status | head -n1`, is no error.
@@ -56,7 +56,7 @@ enum Action {
         #[arg(long, default_value_t = 1)]
         hosts: u8,
     },
-    /// Make the base system, the images and layers if they are missing
+    /// Make the base system, the images and layers if they are missing, and say where the first two are
     Prepare {
         /// Layers besides those of the containerd and runc that the environment asks for; one that
         /// cannot be made here is left out
@@ -87,7 +87,9 @@ fn main() -> ExitCode {
 }
 
 fn prepare(names: &[String]) -> Result<()> {
-    images::ensure()?;
+    let images = images::folder()?;
+    say!("base {}", base::ensure()?.display());
+    say!("images {}", images.display());
     versions::ensure_layers(&asked()?)?;
     for layer in named(names)? {
         match layer.missing() {
