@@ -23,6 +23,7 @@ pub(super) fn user_namespace(uids: &str, gids: &str) -> Result<OwnedFd> {
     // another thread may hold.
     let child = match unsafe { fork() }.context("fork")? {
         ForkResult::Parent { child } => child,
+        // SAFETY: as above; the addresses are those of a byte that lives until the end.
         ForkResult::Child => unsafe {
             let mut byte = 0u8;
             if libc::unshare(libc::CLONE_NEWUSER) == 0 {

@@ -54,8 +54,8 @@ pub(super) fn shorten(options: &mut [String]) -> Option<PathBuf> {
 fn common(list: &str) -> Option<PathBuf> {
     let mut layers = list.strip_prefix(LOWER)?.split(':').map(Path::new);
     let first = layers.next()?.parent()?;
-    let folder = layers.fold(Some(first), |folder, layer| {
-        folder?.ancestors().find(|folder| layer != *folder && layer.starts_with(folder))
+    let folder = layers.try_fold(first, |folder, layer| {
+        folder.ancestors().find(|folder| layer != *folder && layer.starts_with(folder))
     })?;
     (folder.is_absolute() && folder != Path::new("/")).then(|| folder.to_owned())
 }
