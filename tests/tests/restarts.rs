@@ -85,12 +85,10 @@ fn containers_outlive_a_restart_of_containerd_and_no_exit_is_lost() -> Result<()
     lab.install_ferry()?;
     let host = lab.host("a");
     for signal in ["KILL", "TERM"] {
-        let [ferry, reference] = [FERRY, REFERENCE].map(|runtime| {
-            let done = survives(host, runtime, signal);
-            done.with_context(|| format!("{runtime}, containerd ended by SIG{signal}"))
-        });
-        reference?;
-        ferry?;
+        for runtime in [REFERENCE, FERRY] {
+            survives(host, runtime, signal)
+                .with_context(|| format!("{runtime}, containerd ended by SIG{signal}"))?;
+        }
         table::row(
             "restart of containerd",
             &format!("SIG{signal}"),

@@ -235,14 +235,15 @@ fn wrong(hand: &ByHand<'_>, shim: &Shim) -> Result<Answers> {
         "resources of another type",
         short(shim.task.call::<api::Empty>("Update", &request)),
     );
-    let mut request = exec_request(id, "e", &[]);
-    request.spec = None.into();
-    asker.note("Exec", "no process", short(shim.task.call::<api::Empty>("Exec", &request)));
-    asker.one("Start", "no process", id, "e");
     let payload = vec![0xff; 10];
     let limit = Duration::from_secs(10);
     asker.note("State", "no protobuf", short(shim.task.raw("State", payload, limit)));
     asker.note("Unknown", "no such method", short(shim.task.raw("Unknown", Vec::new(), limit)));
+    // From here on the reference may have crashed.
+    let mut request = exec_request(id, "e", &[]);
+    request.spec = None.into();
+    asker.note("Exec", "no process", short(shim.task.call::<api::Empty>("Exec", &request)));
+    asker.one("Start", "no process", id, "e");
     let answer = short(shim.task.call::<api::Empty>("Update", &nothing));
     asker.note("Update", "no resources", answer);
     let _ = shim.kill(id, "", SIGKILL);

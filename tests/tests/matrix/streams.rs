@@ -13,7 +13,7 @@ use crate::{Answers, SHIMS, compare, lab};
 /// Copies its streams into files, as nerdctl's logger does: 3 and 4 to read from, 5 to say that it
 /// is ready.
 const LOGGER: &str = "#!/bin/bash
-cat <&3 >/tmp/logged.out & cat <&4 >/tmp/logged.err & exec 5>&-; wait; touch /tmp/logged";
+cat <&3 5>&- >/tmp/logged.out & cat <&4 5>&- >/tmp/logged.err & exec 5>&-; wait; touch /tmp/logged";
 const TALK: &[&str] = &["sh", "-c", "echo out; echo err >&2; exit 3"];
 const ECHO: &[&str] = &["sh", "-c", "cat; exit 4"];
 const TTY: &[&str] = &["sh", "-c", "test -t 0 && test -t 1 && stty size; read x; echo $x; exit 5"];
@@ -103,7 +103,9 @@ impl Process<'_> {
 
     fn input(&self) -> Result<String> {
         let ((stdin, mut input), (stdout, mut out)) = (self.fifo("in")?, self.fifo("out")?);
-        self.start(ECHO, &Streams { stdin, stdout, ..Default::default() })?;
+        // The reference takes streams without one for errors for a mistake.
+        let (stderr, _err) = self.fifo("err")?;
+        self.start(ECHO, &Streams { stdin, stdout, stderr, ..Default::default() })?;
         input.write_all(b"in\n")?;
         drop(input);
         let (id, exec) = self.ids();
