@@ -29,6 +29,8 @@ pub(crate) fn cleanup(namespace: &str, id: &str, bundle: &Path) -> u32 {
         ("remove the container", delete(namespace, id, bundle)),
         ("remove its cgroups", strays::remove_cgroups(bundle)),
         ("unmount its root file system", mounts::umount(&bundle.join("rootfs"))),
+        // CRIU mounts cgroups in its work folder while it restores.
+        ("unmount what CRIU has left", mounts::umount(&bundle.join("work"))),
         ("unmount its layers", mounts::umount(&bundle.join(mounts::SHIFTED))),
         ("remove what is left of its migration", remove_migration(bundle)),
         ("remove the Ferry service's socket", remove_ferry_socket(bundle)),

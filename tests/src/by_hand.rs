@@ -157,11 +157,12 @@ impl<'a> ByHand<'a> {
     /// When it fails.
     pub fn delete(&self, program: &str, id: &str) -> Result<api::DeleteResponse> {
         let answer = format!("{BUNDLES}/{id}.deleted");
-        self.host.run(&format!(
+        let done = self.host.run(&format!(
             "cd {BUNDLES}/{id} && TTRPC_ADDRESS={BUNDLES}/events.sock {program} -namespace \
              {NAMESPACE} -id {id} -address /run/containerd/containerd.sock -publish-binary /bin/false \
              -bundle {BUNDLES}/{id} delete >{answer}; exit $?"
         ))?;
+        print!("{}", done.stderr);
         let answer = std::fs::read(self.path(&answer)).context("read the answer")?;
         protobuf::Message::parse_from_bytes(&answer).context("decode the answer")
     }

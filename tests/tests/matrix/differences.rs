@@ -63,9 +63,11 @@ const DIFFERENCES: &[Difference] = &[
     // It counts the exit of an exec twice that was to be started again, and crashes at init's.
     difference("exec", "Wait, init whose exec was started twice", "ok", "connection lost"),
     // It crashes: a nil pointer. What is asked after that finds nobody.
-    difference("wrong request", "Exec, no process", "ok", "connection lost"),
-    difference("wrong request", "Start, no process", "UNKNOWN", "connection lost"),
+    difference("wrong request", "Exec, no process", "INVALID_ARGUMENT", "connection lost"),
+    difference("wrong request", "Start, no process", "NOT_FOUND", "connection lost"),
     difference("wrong request", "Update, no resources", "INVALID_ARGUMENT", "connection lost"),
+    // The code is the ttrpc library's.
+    difference("wrong request", "State, no protobuf", "UNKNOWN", "INTERNAL"),
     // It takes them for none.
     difference("wrong request", "Update, resources of another type", "INVALID_ARGUMENT", "ok"),
 ];

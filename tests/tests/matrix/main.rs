@@ -11,7 +11,7 @@ mod many;
 mod states;
 mod streams;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use ferry_tests::{Lab, table};
 
 /// The programs, in the order of the table's columns.
@@ -32,20 +32,28 @@ fn lab() -> Result<Lab> {
 /// What was done, and what came of it, in order.
 type Answers = Vec<(String, String)>;
 
-/// Adds the answers of both shims to the table. Fails where they differ and nobody has said why.
-fn compare(area: &str, [ferry, reference]: [Answers; 2]) -> Result<()> {
+/// Adds the answers of both shims to the table.
+fn show(area: &str, [ferry, reference]: &[Answers; 2]) -> Result<()> {
     let cases =
         |answers: &Answers| answers.iter().map(|(case, _)| case.clone()).collect::<Vec<_>>();
-    ensure!(cases(&ferry) == cases(&reference), "not the same was done with both: {ferry:?}");
-    let mut wrong = Vec::new();
-    for ((case, ferry), (_, reference)) in ferry.iter().zip(&reference) {
-        table::row(area, case, ferry, reference)?;
-        if ferry != reference && !differences::is_wanted(area, case, ferry, reference) {
-            wrong.push(format!("{area}, {case}: ferry {ferry}, reference {reference}"));
-        }
-    }
-    if !wrong.is_empty() {
-        bail!("answers that are not as wanted:\n{}", wrong.join("\n"));
-    }
+    ensure!(cases(ferry) == cases(reference), "not the same was done with both: {ferry:?}");
+    let mut pairs = ferry.iter().zip(reference);
+    pairs.try_for_each(|((case, ferry), (_, reference))| table::row(area, case, ferry, reference))
+}
+
+/// [`show`], and fails where they differ and nobody has said why.
+fn compare(area: &str, both: [Answers; 2]) -> Result<()> {
+    show(area, &both)?;
+    let [ferry, reference] = &both;
+    let wrong: Vec<_> = ferry
+        .iter()
+        .zip(reference)
+        .map(|((case, ferry), (_, reference))| (case, ferry, reference))
+        .filter(|(case, ferry, reference)| {
+            ferry != reference && !differences::is_wanted(area, case, ferry, reference)
+        })
+        .map(|(case, ferry, reference)| format!("{case}: ferry {ferry}, reference {reference}"))
+        .collect();
+    ensure!(wrong.is_empty(), "{area}: answers that are not as wanted:\n{}", wrong.join("\n"));
     Ok(())
 }

@@ -21,7 +21,8 @@ fn one(hand: &ByHand<'_>, shim: &Shim, n: usize) -> Result<()> {
     let (stdout, mut output): (String, File) = hand.fifo(&format!("{}.{exec}", shim.pid))?;
     let command = format!("echo out{n}; exit {}", n % 7);
     let mut request = exec_request("many", &exec, &["sh", "-c", &command]);
-    request.stdout = stdout;
+    // The reference takes a stream without one for errors for a mistake.
+    (request.stdout, request.stderr) = (stdout.clone(), stdout);
     shim.task.call::<api::Empty>("Exec", &request).context("exec")?;
     shim.start("many", &exec).context("start")?;
     let code = shim.wait("many", &exec).context("wait")?;
