@@ -304,6 +304,12 @@ fn null() -> Result<OwnedFd> {
     Ok(null.context("open /dev/null")?.into())
 }
 
+/// For the fuzzing.
+#[cfg(test)]
+pub(crate) fn is_served(name: &str) -> bool {
+    uri::parse(name).is_ok()
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
@@ -368,10 +374,4 @@ pub(crate) mod tests {
             assert_eq!(refused("/dev/null", "", "").await, Code::INVALID_ARGUMENT);
         });
     }
-}
-
-/// For the fuzzing.
-#[cfg(test)]
-pub(crate) fn is_served(name: &str) -> bool {
-    uri::parse(name).is_ok()
 }
