@@ -7,7 +7,7 @@
 # Debian releases whose newest cloud kernel is taken.
 vm_kernels=${FERRY_VM_KERNELS:-bookworm trixie}
 # Files of end-to-end tests that are run, of those that there are.
-vm_tests=${FERRY_VM_TESTS:-task_api kernel resources streams setup}
+vm_tests=${FERRY_VM_TESTS:-task_api groups resources streams setup kernel}
 # Which tests of them: a pattern of the shell.
 vm_only=${FERRY_VM_ONLY:-*}
 # Which unit tests of oci/: those that depend on the kernel.
@@ -101,7 +101,7 @@ vm_payload() {
     git ls-files -z | xargs -0 cp --parents --no-dereference -t "$payload/root$workspace" || return
     cp tests/vm/machine.sh "$payload/machine.sh"
     # Seconds of the machine.
-    printf '%s=%q\n' workspace "$workspace" only "$vm_only" unit_tests "$vm_units" test_limit 900 unit_limit 900 \
+    printf '%s=%q\n' workspace "$workspace" only "$vm_only" unit_tests "$vm_units" test_limit 600 unit_limit 600 \
         >"$payload/settings"
 }
 

@@ -1,6 +1,7 @@
 #!/bin/bash
 # What a test machine does once it is in its own system: becomes one where hosts can be made (with
 # cgroup v2 alone), runs the tests, and ends. What the tests print goes to the second serial port.
+shopt -s extglob
 mount -t sysfs sysfs /sys
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t securityfs securityfs /sys/kernel/security
@@ -30,20 +31,21 @@ export FERRY_CACHE=/disk FERRY_TEST_FEW=yes RUST_BACKTRACE=1
 export RUST_TEST_THREADS=2
 # Where the tests were built, which tests (a pattern), which unit tests, and how long each may take
 # in seconds.
-workspace='' only='*' unit_tests='' test_limit=900 unit_limit=900
+workspace='' only='*' unit_tests='' test_limit=600 unit_limit=600
 # shellcheck source=/dev/null
 . /payload/settings
 
 # one BINARY NAME: runs one test for itself, so that it hangs or crashes alone.
 one() {
-    local status
-    timeout --kill-after=10 "$test_limit" "$1" --exact "$2" 2>&1
+    local status start=$SECONDS
+    timeout --kill-after=10 "$test_limit" "$1" --color never --exact "$2"
     status=$?
     # Killed, so that it has not said so itself.
     if [ $status != 0 ] && [ $status != 101 ]; then
         echo "test $2 ... FAILED"
         echo "test result: FAILED. 0 passed; 1 failed; 0 ignored; it ended with status $status"
     fi
+    echo "     $((SECONDS - start)) s of the machine's time"
 }
 
 echo "     kernel $(uname -r), cgroups: $(cut -d' ' -f1,3 /proc/mounts | grep '^cgroup' | xargs)"
@@ -54,7 +56,7 @@ for binary in /payload/programs/deps/*; do
     ferry_oci)
         cd "$workspace/oci" || continue
         # shellcheck disable=SC2086  # several filters
-        timeout --kill-after=10 "$unit_limit" "$binary" $unit_tests ||
+        timeout --kill-after=10 "$unit_limit" "$binary" --color never $unit_tests ||
             echo "     status $?"
         ;;
     *)
