@@ -111,12 +111,11 @@ fn by_kernel(mount: &Mount, rootfs: &Path, shifted: &Path) -> Result<()> {
     let device = options.looped.then(|| loops::attach(&mount.source, &options)).transpose()?;
     let source = device.as_ref().map_or(mount.source.as_str(), |device| device.path.as_str());
     let data = options.data.join(",");
-    let call = |source, kind, flags, data| {
-        nix::mount::mount::<str, Path, str, str>(source, &target.path(), kind, flags, data)
-    };
     let text = |text| Some(text).filter(|text: &&str| !text.is_empty());
     if !options.flags.contains(MsFlags::MS_REMOUNT) || !data.is_empty() {
-        call(text(source), text(&mount.type_), options.flags, text(&data)).context(format!(
+        let at = target.path();
+        let done = mount_at(&at, text(source), text(&mount.type_), options.flags, text(&data));
+        done.context(format!(
             "{} {:?} at {} with {:?}",
             mount.type_,
             mount.source,
@@ -124,15 +123,27 @@ fn by_kernel(mount: &Mount, rootfs: &Path, shifted: &Path) -> Result<()> {
             mount.options
         ))?;
     }
+    // What has been mounted, and no longer what it hides.
+    let target = Target::find(rootfs, &mount.target)?;
     let read_only_bind = MsFlags::MS_BIND | MsFlags::MS_RDONLY;
     if options.flags.contains(read_only_bind) {
         let flags = options.flags | MsFlags::MS_REMOUNT | options::locked(&target.path());
-        call(None, None, flags, None).context("make a bind mount read-only")?;
+        mount_at(&target.path(), None, None, flags, None).context("make a bind mount read-only")?;
     }
     match &users {
         Some(users) if !is_overlay => idmap::shift(&target.path(), &target.path(), users, false),
         _ => Ok(()),
     }
+}
+
+fn mount_at(
+    at: &Path,
+    source: Option<&str>,
+    kind: Option<&str>,
+    flags: MsFlags,
+    data: Option<&str>,
+) -> nix::Result<()> {
+    nix::mount::mount(source, at, kind, flags, data)
 }
 
 /// Where a mount goes. An image may hold links: they are followed as if `rootfs` were the root.
@@ -384,8 +395,8 @@ mod tests {
         alone(|dir| {
             let image = dir.join("image");
             std::fs::File::create(&image).unwrap().set_len(4 << 20).unwrap();
-            let made = Command::new("mkfs.ext2").arg("-q").arg(&image).status();
-            if !made.is_ok_and(|status| status.success()) || free_loop().is_err() {
+            let made = Command::new("mkfs.ext2").arg("-q").arg(&image).output();
+            if !made.is_ok_and(|made| made.status.success()) || free_loop().is_err() {
                 return;
             }
             let rootfs = mounted(dir, &[described("ext2", &image, "", &["loop"])]);
