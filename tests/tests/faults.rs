@@ -235,7 +235,7 @@ fn a_destination_that_refuses_leaves_the_container_where_it_was() -> Result<()> 
          --version) exec /usr/sbin/criu.real --version;; esac\\nexit 1\\n' >/usr/sbin/criu; \
          chmod +x /usr/sbin/criu",
         &ip,
-        &["restore:", runs],
+        &["restore failed:", runs],
         "mv -f /usr/sbin/criu.real /usr/sbin/criu",
     )?;
     // It has the address already.
