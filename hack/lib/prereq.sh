@@ -4,8 +4,8 @@
 
 # The oldest Rust that builds the workspace.
 rust_minimum=1.88
-# Free disk space for the base system, images and a build, in MB.
-disk_minimum=6000
+# Free disk space for the base system, images, what Go builds and a build, in MB.
+disk_minimum=10000
 # "program package": what is run by the build, the harness and the checks.
 programs="mmdebstrap mmdebstrap
 protoc protobuf-compiler
