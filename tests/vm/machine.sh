@@ -35,14 +35,14 @@ workspace='' only='*' unit_tests='' test_limit=600 unit_limit=600
 # shellcheck source=/dev/null
 . /payload/settings
 
-# one BINARY NAME: runs one test for itself, so that it hangs or crashes alone.
-one() {
-    local status start=$SECONDS
-    timeout --kill-after=10 "$test_limit" "$1" --color never --exact "$2"
+# limited SECONDS WHAT COMMAND...: a test program; says itself that it failed if that was killed.
+limited() {
+    local status start=$SECONDS limit=$1 what=$2
+    shift 2
+    timeout --kill-after=10 "$limit" "$@"
     status=$?
-    # Killed, so that it has not said so itself.
     if [ $status != 0 ] && [ $status != 101 ]; then
-        echo "test $2 ... FAILED"
+        echo "test $what ... FAILED"
         echo "test result: FAILED. 0 passed; 1 failed; 0 ignored; it ended with status $status"
     fi
     echo "     $((SECONDS - start)) s of the machine's time"
@@ -56,14 +56,14 @@ for binary in /payload/programs/deps/*; do
     ferry_oci)
         cd "$workspace/oci" || continue
         # shellcheck disable=SC2086  # several filters
-        timeout --kill-after=10 "$unit_limit" "$binary" --color never $unit_tests ||
-            echo "     status $?"
+        limited "$unit_limit" "$name" "$binary" --color never $unit_tests
         ;;
     *)
         for test in $("$binary" --list --format terse | sed -n 's/: test$//p'); do
             # shellcheck disable=SC2254  # a pattern
             case $test in
-            $only) one "$binary" "$test" ;;
+            # For itself, so that it hangs or crashes alone.
+            $only) limited "$test_limit" "$test" "$binary" --color never --exact "$test" ;;
             esac
         done
         ;;
