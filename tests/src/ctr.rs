@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::{Host, Output};
 
@@ -26,7 +26,7 @@ const TRACES: &str = "\
     ls /run/containerd/runc/default /run/ferry/s \
        /run/containerd/io.containerd.runtime.v2.task/default 2>/dev/null | grep -v :; \
     grep -o '/run/containerd/[^ ]*/rootfs' /proc/mounts; pgrep -a containerd-shim; \
-    ls /run/containerd/s; true";
+    ls /run/containerd/s";
 
 /// `ctr run` in the background.
 ///
@@ -53,17 +53,21 @@ pub fn status(host: &Host, id: &str) -> Result<String> {
 /// # Errors
 /// When it does not come to that.
 pub fn wait_for_status(host: &Host, id: &str, expected: &str) -> Result<()> {
+    until(&format!("task {id} is {expected}"), || Ok(status(host, id)? == expected))
+        .with_context(|| format!("it is {:?}", status(host, id).unwrap_or_default()))
+}
+
+/// Asks until something is `done`.
+///
+/// # Errors
+/// When asking fails, or it is not done soon.
+pub fn until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
     let deadline = Instant::now() + SOON;
-    loop {
-        let now = status(host, id)?;
-        if now == expected {
-            return Ok(());
-        }
-        if Instant::now() > deadline {
-            bail!("task {id} is {now:?} and not {expected}");
-        }
+    while !done()? {
+        ensure!(Instant::now() < deadline, "waited {SOON:?} until {what}");
         std::thread::sleep(Duration::from_millis(50));
     }
+    Ok(())
 }
 
 /// Ends and removes container `id`; returns the exit code of its task.
@@ -86,15 +90,16 @@ pub fn remove(host: &Host, id: &str) -> Result<i32> {
 /// # Errors
 /// With what it says instead.
 pub fn wait_for(host: &Host, command: &str, text: &str) -> Result<Output> {
-    let deadline = Instant::now() + SOON;
-    loop {
-        let last = host.output(command)?;
-        if last.stdout.contains(text) {
-            return Ok(last);
+    let mut last = host.output(command)?;
+    until(&format!("`{command}` says {text:?}"), || {
+        let found = last.stdout.contains(text);
+        if !found {
+            last = host.output(command)?;
         }
-        ensure!(Instant::now() < deadline, "`{command}` does not say {text:?}: {last}");
-        std::thread::sleep(Duration::from_millis(100));
-    }
+        Ok(found)
+    })
+    .with_context(|| format!("it says {last}"))?;
+    Ok(last)
 }
 
 /// Fails if a container has left something on the host.
@@ -102,17 +107,20 @@ pub fn wait_for(host: &Host, command: &str, text: &str) -> Result<Output> {
 /// # Errors
 /// With what there is.
 pub fn assert_nothing_left(host: &Host) -> Result<()> {
-    let deadline = Instant::now() + SOON;
-    loop {
-        let left = host.run(TRACES)?.stdout;
-        if left.trim().is_empty() {
-            return Ok(());
-        }
-        if Instant::now() > deadline {
-            bail!("left behind:\n{left}");
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    assert_prints_nothing(host, TRACES)
+}
+
+/// Fails unless `traces`, a command that lists what should not be there, soon prints nothing.
+///
+/// # Errors
+/// With what it prints.
+pub fn assert_prints_nothing(host: &Host, traces: &str) -> Result<()> {
+    let mut left = String::new();
+    until("nothing is left behind", || {
+        left = host.run(&format!("{traces}; true"))?.stdout;
+        Ok(left.trim().is_empty())
+    })
+    .with_context(|| format!("left behind:\n{left}"))
 }
 
 /// Pids of the shims on the host.

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::lab::Lab;
+use crate::lab::{Lab, host_name};
 use crate::layers::{self, Layer};
 
 /// A containerd, with the ctr and the shim of its version.
@@ -121,13 +121,21 @@ pub fn task_lab() -> Result<Lab> {
 
 /// [`task_lab`] with more layers, the uppermost first.
 pub fn task_lab_over(more: &[&Layer]) -> Result<Lab> {
+    task_hosts(1, more)
+}
+
+/// [`task_lab_over`] with several hosts.
+pub fn task_hosts(hosts: u8, more: &[&Layer]) -> Result<Lab> {
     let (containerd, runc) = chosen()?;
     let all: Vec<_> = more.iter().copied().chain(layers_of(containerd, runc)).collect();
-    let lab = Lab::start_over(1, &ensure_layers(&all)?).context("start a host for the Task API")?;
+    let layers = ensure_layers(&all)?;
+    let lab = Lab::start_over(hosts, &layers).context("start hosts for the Task API")?;
     if runc == Runc::Crun {
-        // crun refuses a second hierarchy with controllers beside those of version 1.
-        lab.host("a")
-            .run("! mountpoint -q /sys/fs/cgroup/unified || umount /sys/fs/cgroup/unified")?;
+        for n in 1..=hosts {
+            // crun refuses a second hierarchy with controllers beside those of version 1.
+            lab.host(&host_name(n))
+                .run("! mountpoint -q /sys/fs/cgroup/unified || umount /sys/fs/cgroup/unified")?;
+        }
     }
     let shim = "containerd-shim-ferry-v2";
     let installed = lab.install_ferry()?;

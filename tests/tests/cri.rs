@@ -2,18 +2,16 @@
 //! reference, and `ferry`.
 
 use std::fs;
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
+use ferry_tests::ctr::{BUSYBOX, assert_prints_nothing, wait_for};
 use ferry_tests::layers::{CNI, CRICTL};
 use ferry_tests::versions::{chosen, task_lab_over};
 use ferry_tests::{Host, Lab, skip};
 use serde_json::{Value, json};
 
 const CLASSES: [&str; 2] = ["runc", "ferry"];
-const BUSYBOX: &str = "docker.io/library/busybox:latest";
 const IDLE: &str = "echo ready; trap 'exit 3' TERM; while :; do usleep 50000; done";
-const SOON: Duration = Duration::from_secs(60);
 
 /// A host with the CRI plugin, CNI plugins, crictl and images for it; none where it cannot be made.
 fn lab() -> Result<Option<Lab>> {
@@ -36,19 +34,6 @@ fn lab() -> Result<Option<Lab>> {
 /// Standard output of `crictl COMMAND`, which must succeed.
 fn crictl(host: &Host, command: &str) -> Result<String> {
     Ok(host.run(&format!("crictl {command}"))?.stdout.trim_end().to_owned())
-}
-
-/// Runs `command` until it prints `text`.
-fn wait_for(host: &Host, command: &str, text: &str) -> Result<()> {
-    let deadline = Instant::now() + SOON;
-    loop {
-        let last = host.output(command)?;
-        if last.stdout.contains(text) {
-            return Ok(());
-        }
-        ensure!(Instant::now() < deadline, "`{command}` does not say {text:?}: {last}");
-        std::thread::sleep(Duration::from_millis(100));
-    }
 }
 
 /// A pod that runs.
@@ -101,31 +86,18 @@ fn state(host: &Host, id: &str) -> Result<Value> {
 }
 
 fn wait_until_exited(host: &Host, id: &str) -> Result<Value> {
-    let deadline = Instant::now() + SOON;
-    loop {
-        let state = state(host, id)?;
-        if state["state"] == "CONTAINER_EXITED" {
-            return Ok(state);
-        }
-        ensure!(Instant::now() < deadline, "{id} runs on: {state}");
-        std::thread::sleep(Duration::from_millis(100));
-    }
+    wait_for(host, &format!("crictl inspect {id}"), "CONTAINER_EXITED")?;
+    state(host, id)
 }
 
 /// Fails if a pod has left something on the host.
 fn assert_nothing_left(host: &Host) -> Result<()> {
-    let left = "pgrep -a containerd-shim; ls /run/containerd/s /run/containerd/runc/k8s.io \
-                /run/containerd/io.containerd.runtime.v2.task/k8s.io /run/netns 2>/dev/null | \
-                grep -v :; grep -o '/run/containerd/[^ ]*/rootfs' /proc/mounts; echo end";
-    let deadline = Instant::now() + SOON;
-    loop {
-        let left = host.run(left)?.stdout;
-        if left.trim() == "end" {
-            return Ok(());
-        }
-        ensure!(Instant::now() < deadline, "left behind:\n{left}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    assert_prints_nothing(
+        host,
+        "pgrep -a containerd-shim; ls /run/containerd/s /run/containerd/runc/k8s.io \
+         /run/containerd/io.containerd.runtime.v2.task/k8s.io /run/netns 2>/dev/null | \
+         grep -v :; grep -o '/run/containerd/[^ ]*/rootfs' /proc/mounts",
+    )
 }
 
 #[test]

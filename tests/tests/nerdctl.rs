@@ -1,19 +1,16 @@
 //! What people do with nerdctl, the same with ferry and with the reference, io.containerd.runc.v2.
 
 use std::io::Write;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use ferry_tests::ctr::{BUSYBOX, RUNTIMES, SOON, assert_prints_nothing, wait_for};
 use ferry_tests::layers::{CNI, NERDCTL};
 use ferry_tests::versions::task_lab_over;
 use ferry_tests::{Host, Lab, skip};
 
-const RUNTIMES: [&str; 2] = ["io.containerd.runc.v2", "io.containerd.ferry.v2"];
-const BUSYBOX: &str = "docker.io/library/busybox:latest";
 const REDIS: &str = "docker.io/library/redis:latest";
 /// Ends with 3 when it is told to.
 const OBEDIENT: &str = "sh -c 'trap \"exit 3\" TERM; echo ready; while :; do usleep 50000; done'";
-const SOON: Duration = Duration::from_secs(60);
 
 /// A host with nerdctl; none where it cannot be built.
 fn lab() -> Result<Option<Lab>> {
@@ -29,32 +26,13 @@ fn nerdctl(host: &Host, command: &str) -> Result<String> {
     Ok(host.run(&format!("nerdctl {command}"))?.stdout)
 }
 
-/// Runs `command` until it prints `text`.
-fn wait_for(host: &Host, command: &str, text: &str) -> Result<()> {
-    let deadline = Instant::now() + SOON;
-    loop {
-        let last = host.output(command)?;
-        if last.stdout.contains(text) {
-            return Ok(());
-        }
-        ensure!(Instant::now() < deadline, "`{command}` does not say {text:?}: {last}");
-        std::thread::sleep(Duration::from_millis(100));
-    }
-}
-
 /// Fails if a container has left something: shims, loggers, their sockets, folders.
 fn assert_nothing_left(host: &Host) -> Result<()> {
-    let left = "pgrep -a 'containerd-shim|nerdctl'; ls /run/containerd/s /run/containerd/runc/default \
-                /run/containerd/io.containerd.runtime.v2.task/default 2>/dev/null | grep -v :; echo end";
-    let deadline = Instant::now() + SOON;
-    loop {
-        let left = host.run(left)?.stdout;
-        if left.trim() == "end" {
-            return Ok(());
-        }
-        ensure!(Instant::now() < deadline, "left behind:\n{left}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    assert_prints_nothing(
+        host,
+        "pgrep -a 'containerd-shim|nerdctl'; ls /run/containerd/s /run/containerd/runc/default \
+         /run/containerd/io.containerd.runtime.v2.task/default 2>/dev/null | grep -v :",
+    )
 }
 
 #[test]
@@ -159,7 +137,7 @@ fn a_container_is_stopped_started_and_restarted() -> Result<()> {
     let Some(lab) = lab()? else { return Ok(()) };
     let host = lab.host("a");
     let ready = |times: usize| -> Result<()> {
-        wait_for(host, "nerdctl logs server", &"ready\n".repeat(times))
+        wait_for(host, "nerdctl logs server", &"ready\n".repeat(times)).map(drop)
     };
     let code = || nerdctl(host, "inspect -f '{{.State.Status}} {{.State.ExitCode}}' server");
     let pid = || nerdctl(host, "inspect -f '{{.State.Pid}}' server");

@@ -1,50 +1,18 @@
 //! What a container uses and may use, through `ctr`: the same steps with ferry and with the reference.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
-use ferry_tests::{Host, Job, Lab};
+use anyhow::{Context, Result};
+use ferry_tests::ctr::{BUSYBOX, FERRY, IDLE, RUNTIMES, SOON, remove, until};
+use ferry_tests::{Host, Job, task_lab};
 use serde_json::Value;
 
-const FERRY: &str = "io.containerd.ferry.v2";
-const REFERENCE: &str = "io.containerd.runc.v2";
-const RUNTIMES: [&str; 2] = [REFERENCE, FERRY];
-const BUSYBOX: &str = "docker.io/library/busybox:latest";
-const IDLE: &str = "tail -f /dev/null";
 /// Uses memory until it is killed.
 const HOG: &str = "tail /dev/zero";
-/// Generous: the machine may be busy.
-const SOON: Duration = Duration::from_secs(60);
-
-fn lab() -> Result<Lab> {
-    let lab = Lab::start(1)?;
-    let installed = lab.install_ferry()?;
-    let shim = "containerd-shim-ferry-v2";
-    ensure!(installed.iter().any(|path| path.ends_with(shim)), "{shim} has not been built");
-    Ok(lab)
-}
-
-fn remove(host: &Host, id: &str) -> Result<()> {
-    host.output(&format!("ctr task rm -f {id}"))?;
-    host.run(&format!("ctr container rm {id}"))?;
-    Ok(())
-}
-
 /// What `ctr` prints of the use of `id`.
 fn metrics(host: &Host, id: &str) -> Result<Value> {
     let text = host.run(&format!("ctr task metrics --format json {id}"))?.stdout;
     serde_json::from_str(&text).with_context(|| format!("read {text}"))
-}
-
-fn until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + SOON;
-    while !done()? {
-        if Instant::now() > deadline {
-            bail!("waited {SOON:?} until {what}");
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    Ok(())
 }
 
 /// The names of all numbers in `value` that are not 0.
@@ -64,7 +32,7 @@ fn counted(value: &Value, name: &str, found: &mut Vec<String>) {
 
 #[test]
 fn statistics_count_all_that_the_reference_counts() -> Result<()> {
-    let lab = lab()?;
+    let lab = task_lab()?;
     let host = lab.host("a");
     let mut names = Vec::new();
     for runtime in RUNTIMES {
@@ -115,7 +83,7 @@ fn statistics_count_all_that_the_reference_counts() -> Result<()> {
 
 #[test]
 fn statistics_of_a_paused_and_of_a_stopped_task_can_be_had() -> Result<()> {
-    let lab = lab()?;
+    let lab = task_lab()?;
     let host = lab.host("a");
     for runtime in RUNTIMES {
         host.run(&format!("ctr run -d --runtime {runtime} {BUSYBOX} t {IDLE}"))?;
@@ -163,7 +131,7 @@ fn topics(events: &str, id: &str) -> Vec<String> {
 
 #[test]
 fn the_end_of_memory_is_told_before_the_exit_it_causes() -> Result<()> {
-    let lab = lab()?;
+    let lab = task_lab()?;
     let host = lab.host("a");
     let limit = "--memory-limit 16777216";
     for runtime in RUNTIMES {
@@ -199,7 +167,7 @@ fn the_end_of_memory_is_told_before_the_exit_it_causes() -> Result<()> {
 
 #[test]
 fn nothing_of_the_watch_outlives_its_container() -> Result<()> {
-    let lab = lab()?;
+    let lab = task_lab()?;
     let host = lab.host("a");
     // One shim for all, as a pod has.
     host.run(&format!("ctr run -d --runtime {FERRY} {BUSYBOX} first {IDLE}"))?;
@@ -216,12 +184,12 @@ fn nothing_of_the_watch_outlives_its_container() -> Result<()> {
     until("it has stopped", || Ok(host.run("ctr task ls")?.stdout.contains("STOPPED")))?;
     let watches = "ls -l /proc/$(pgrep -x containerd-shim)/fd | grep -c 'inotify' || true";
     assert_eq!(host.run(watches)?.stdout.trim(), "0");
-    remove(host, "first")
+    remove(host, "first").map(drop)
 }
 
 #[test]
 fn a_restored_container_is_counted_and_watched() -> Result<()> {
-    let lab = lab()?;
+    let lab = task_lab()?;
     let host = lab.host("a");
     // Not with the reference: it finds the cgroups at Create only, when a restored task has none.
     let wait = "sh -c 'while ! test -e /go; do usleep 100000; done; exec tail /dev/zero'";
@@ -239,5 +207,5 @@ fn a_restored_container_is_counted_and_watched() -> Result<()> {
     let (oom, exit) =
         (topics.iter().position(|t| t == "oom"), topics.iter().rposition(|t| t == "exit"));
     assert!(oom.is_some() && oom < exit, "{events}");
-    remove(host, "t")
+    remove(host, "t").map(drop)
 }

@@ -4,50 +4,22 @@
 //! `ctr` sends runc's options to nothing but `io.containerd.runc.v2`. So one host has the reference
 //! under that name, and another one ferry, as whoever installs it as a drop-in.
 
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
+use ferry_tests::ctr::{self, BUSYBOX, FERRY, IDLE, assert_nothing_left};
+use ferry_tests::versions::task_hosts;
 use ferry_tests::{Host, Lab};
 use serde_json::{Value, json};
 
-const FERRY: &str = "io.containerd.ferry.v2";
-const BUSYBOX: &str = "docker.io/library/busybox:latest";
-const IDLE: &str = "tail -f /dev/null";
-/// Generous: the machine may be busy.
-const SOON: Duration = Duration::from_secs(60);
-
 /// Hosts with the reference, a, and with ferry in its place, b.
 fn hosts() -> Result<Lab> {
-    let lab = Lab::start(2)?;
-    lab.install_ferry()?;
-    let host = lab.host("b");
-    ensure!(host.output("containerd-shim-ferry-v2 -v")?.status.success(), "ferry is not built");
-    host.run("ln -s containerd-shim-ferry-v2 /usr/local/bin/containerd-shim-runc-v2")?;
+    let lab = task_hosts(2, &[])?;
+    lab.host("b").run("ln -s containerd-shim-ferry-v2 /usr/local/bin/containerd-shim-runc-v2")?;
     Ok(lab)
 }
 
 fn remove(host: &Host, id: &str) -> Result<()> {
-    host.output(&format!("ctr task rm -f {id}"))?;
-    host.run(&format!("ctr container rm {id}"))?;
-    nothing_left(host)
-}
-
-/// Fails if a container has left something on the host.
-fn nothing_left(host: &Host) -> Result<()> {
-    let left = "ls /run/containerd/runc/default /run/containerd/io.containerd.runtime.v2.task/default \
-                2>/dev/null | grep -v :; grep -o '/run/containerd/[^ ]*' /proc/mounts; \
-                pgrep -a containerd-shim; true";
-    let deadline = Instant::now() + SOON;
-    loop {
-        let left = host.run(left)?.stdout;
-        if left.trim().is_empty() {
-            return Ok(());
-        }
-        if Instant::now() > deadline {
-            bail!("left behind:\n{left}");
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    ctr::remove(host, id)?;
+    assert_nothing_left(host)
 }
 
 /// What `script` says on standard error when it fails.
@@ -91,13 +63,13 @@ fn runtime_options_reach_the_runtime() -> Result<()> {
         host.output(&format!("ctr run --rm {systemd} {BUSYBOX} t true; ctr container rm t"))?;
         let arguments = host.run("cat /tmp/arguments")?.stdout;
         assert!(arguments.contains("--systemd-cgroup create"), "{arguments}");
-        nothing_left(host)?;
+        assert_nothing_left(host)?;
 
         for missing in ["no-such-runtime", "/no/such/runtime"] {
             let run = format!("ctr run --rm --runc-binary {missing} {BUSYBOX} t true");
             let said = refusal(host, &run)?;
             assert!(said.contains(missing), "{said}");
-            nothing_left(host)?;
+            assert_nothing_left(host)?;
         }
     }
     Ok(())
@@ -117,7 +89,7 @@ fn options_for_any_runtime_are_those_of_runc() -> Result<()> {
     host.run("echo 'SystemdCgroup = 7' >/tmp/options.toml")?;
     let said = refusal(host, &format!("{run} {BUSYBOX} t true"))?;
     assert!(said.contains("SystemdCgroup"), "{said}");
-    nothing_left(host)
+    assert_nothing_left(host)
 }
 
 #[test]
@@ -161,7 +133,7 @@ fn user_namespaces_shift_owners() -> Result<()> {
             let map: Vec<_> = lines[3].split_whitespace().collect();
             assert_eq!(map, ["0", "100000", "65536"], "{how}");
             assert!(output.stderr.contains("err"), "{how}: {output}");
-            nothing_left(host)?;
+            assert_nothing_left(host)?;
         }
     }
     Ok(())
@@ -206,7 +178,7 @@ fn hooks_run_in_their_order() -> Result<()> {
         let said = refusal(host, "ctr run --rm --config /tmp/config.json t")?;
         assert!(said.contains("createRuntime hook #0: exit status 7"), "{said}");
         host.output("ctr container rm t")?;
-        nothing_left(host)?;
+        assert_nothing_left(host)?;
     }
     Ok(())
 }
@@ -219,7 +191,7 @@ fn a_root_file_system_of_ones_own_is_used_and_stays() -> Result<()> {
         host.run("ctr run --rm --config /tmp/config.json t")?;
         host.run("ctr run --rm --rootfs /var/tmp/rootfs t /bin/sh -c 'echo again >>/trace'")?;
         assert_eq!(host.run("cat /var/tmp/rootfs/trace")?.stdout, "runs\nagain\n");
-        nothing_left(host)?;
+        assert_nothing_left(host)?;
     }
     Ok(())
 }

@@ -1,18 +1,14 @@
 //! Streams of a process through `ctr`: terminals, log programs, log files and FIFOs. Every test runs
 //! the same steps with ferry and with the reference, io.containerd.runc.v2, on the same host.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
-use ferry_tests::{Host, Lab, Output};
-
-const FERRY: &str = "io.containerd.ferry.v2";
-const REFERENCE: &str = "io.containerd.runc.v2";
-const RUNTIMES: [&str; 2] = [REFERENCE, FERRY];
-const BUSYBOX: &str = "docker.io/library/busybox:latest";
-/// A process that does nothing, and that CRIU does not disturb.
-const IDLE: &str = "tail -f /dev/null";
-const SOON: Duration = Duration::from_secs(60);
+use anyhow::{Result, ensure};
+use ferry_tests::ctr::{
+    BUSYBOX, FERRY, IDLE, RUNTIMES, SOON, assert_prints_nothing, remove, start, status, until,
+    wait_for_status,
+};
+use ferry_tests::{Host, Lab, Output, task_lab};
 
 /// Runs a command in a terminal of 80x24 and follows steps: `wait` for an output, `type` a text,
 /// change the `size`, `kill` the command. Prints the output, ends as the command does.
@@ -73,10 +69,7 @@ echo "$CONTAINER_NAMESPACE $CONTAINER_ID $*" >"$2/$CONTAINER_ID.end"
 
 /// A host with ferry's programs, and those above.
 fn lab() -> Result<Lab> {
-    let lab = Lab::start(1)?;
-    let shim = "containerd-shim-ferry-v2";
-    let installed = lab.install_ferry()?;
-    ensure!(installed.iter().any(|path| path.ends_with(shim)), "{shim} has not been built");
+    let lab = task_lab()?;
     let root = lab.host("a").root();
     std::fs::write(root.join("tmp/follow.py"), TTY)?;
     std::fs::write(root.join("usr/local/bin/logger"), LOGGER)?;
@@ -89,51 +82,13 @@ fn tty(host: &Host, steps: &str, command: &str) -> Result<Output> {
     host.output(&format!("timeout 100 python3 /tmp/follow.py '{steps}' {command}"))
 }
 
-fn start(host: &Host, runtime: &str, options: &str, id: &str, command: &str) -> Result<()> {
-    host.run(&format!("ctr run -d --runtime {runtime} {options} {BUSYBOX} {id} {command}"))?;
-    Ok(())
-}
-
-/// Status of task `id`, as `ctr task ls` has it; empty if there is none.
-fn status(host: &Host, id: &str) -> Result<String> {
-    let list = host.run("ctr task ls")?.stdout;
-    let line = list.lines().find(|line| line.split_whitespace().next() == Some(id));
-    let status = line.and_then(|line| line.split_whitespace().nth(2));
-    Ok(status.unwrap_or_default().to_string())
-}
-
-fn wait_for_status(host: &Host, id: &str, expected: &str) -> Result<()> {
-    wait_for(&format!("task {id} is {expected}"), || Ok(status(host, id)? == expected))
-}
-
-fn wait_for(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + SOON;
-    while !done()? {
-        if Instant::now() > deadline {
-            bail!("waited {SOON:?} until {what}");
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    Ok(())
-}
-
-/// Ends and removes container `id`.
-fn remove(host: &Host, id: &str) -> Result<()> {
-    if status(host, id)? != "STOPPED" {
-        host.run(&format!("ctr task kill -s KILL {id}"))?;
-        wait_for_status(host, id, "STOPPED")?;
-    }
-    host.output(&format!("timeout 60 ctr task rm {id}"))?;
-    host.run(&format!("ctr container rm {id}"))?;
-    Ok(())
-}
-
 /// Fails if something of a terminal or a log program is left on the host.
 fn assert_nothing_left(host: &Host) -> Result<()> {
-    let left = "ls /run/ferry/s 2>/dev/null; ls -d /tmp/pty* 2>/dev/null; \
-                pgrep -a containerd-shim; pgrep -af '[l]ocal/bin/logger'; true";
-    wait_for("nothing is left", || Ok(host.run(left)?.stdout.trim().is_empty()))
-        .with_context(|| host.run(left).map(|output| output.stdout).unwrap_or_default())
+    assert_prints_nothing(
+        host,
+        "ls /run/ferry/s 2>/dev/null; ls -d /tmp/pty* 2>/dev/null; \
+         pgrep -a containerd-shim; pgrep -af '[l]ocal/bin/logger'",
+    )
 }
 
 /// Types commands into a shell, which has the size of its terminal, and a changed one.
@@ -279,7 +234,7 @@ fn a_log_program_is_given_both_streams_and_told_whose_they_are() -> Result<()> {
         start(host, runtime, uri, "t", lines)?;
         wait_for_status(host, "t", "STOPPED")?;
         remove(host, "t")?;
-        wait_for("the log is complete", || Ok(read("t.out")?.lines().count() == 5000))?;
+        until("the log is complete", || Ok(read("t.out")?.lines().count() == 5000))?;
         assert_eq!(read("t.err")?, "error\n", "{runtime}");
         // The reference ends it by a signal.
         if runtime == FERRY {
@@ -347,7 +302,7 @@ fn output_goes_on_while_containerd_restarts() -> Result<()> {
         let reader = host.spawn("exec cat /run/containerd/fifo/*/p-stdout")?;
         let before = pid(host)?;
         host.run(&format!("kill -9 {before}"))?;
-        wait_for("containerd is back", || {
+        until("containerd is back", || {
             let now = pid(host)?;
             Ok(!now.is_empty() && now != before && host.output("ctr version")?.status.success())
         })?;
@@ -362,7 +317,7 @@ fn output_goes_on_while_containerd_restarts() -> Result<()> {
             Ok(all.map(|seen| seen.len()))
         };
         let first = lines()?;
-        wait_for("all output goes on", || {
+        until("all output goes on", || {
             let now = lines()?;
             Ok(now.iter().zip(first).all(|(now, first)| *now > first + 100))
         })?;

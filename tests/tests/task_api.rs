@@ -4,79 +4,16 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use ferry_tests::ctr::{
+    BUSYBOX, FERRY, IDLE, PYTHON, REFERENCE, RUNTIMES, SOON, assert_nothing_left, remove, start,
+    status, wait_for_status,
+};
 use ferry_tests::versions::{self, Containerd, Runc, can_checkpoint};
 use ferry_tests::{Host, Job, skip, task_lab, times};
 
-const FERRY: &str = "io.containerd.ferry.v2";
-const REFERENCE: &str = "io.containerd.runc.v2";
-const RUNTIMES: [&str; 2] = [REFERENCE, FERRY];
-const BUSYBOX: &str = "docker.io/library/busybox:latest";
-const PYTHON: &str = "docker.io/library/python:latest";
-/// A process that does nothing, and that CRIU does not disturb (`sleep` ends when it is dumped).
-const IDLE: &str = "tail -f /dev/null";
 /// Counts in a file, ten times a second.
 const COUNT: &str = "sh -c 'i=0; while :; do i=$((i+1)); echo $i >/new; mv /new /count; \
                      usleep 100000; done'";
-const SOON: Duration = Duration::from_secs(10);
-
-/// `ctr run` in the background.
-fn start(host: &Host, runtime: &str, options: &str, id: &str, command: &str) -> Result<()> {
-    host.run(&format!("ctr run -d --runtime {runtime} {options} {BUSYBOX} {id} {command}"))?;
-    Ok(())
-}
-
-/// Status of task `id`, as `ctr task ls` has it; empty if there is none.
-fn status(host: &Host, id: &str) -> Result<String> {
-    let list = host.run("ctr task ls")?.stdout;
-    let line = list.lines().find(|line| line.split_whitespace().next() == Some(id));
-    let status = line.and_then(|line| line.split_whitespace().nth(2));
-    Ok(status.unwrap_or_default().to_string())
-}
-
-fn wait_for_status(host: &Host, id: &str, expected: &str) -> Result<()> {
-    let deadline = Instant::now() + SOON;
-    loop {
-        let now = status(host, id)?;
-        if now == expected {
-            return Ok(());
-        }
-        if Instant::now() > deadline {
-            bail!("task {id} is {now:?} and not {expected}");
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
-
-/// Ends and removes container `id`; returns the exit code of its task.
-fn remove(host: &Host, id: &str) -> Result<i32> {
-    if status(host, id)? != "STOPPED" {
-        host.run(&format!("ctr task kill -s KILL {id}"))?;
-        wait_for_status(host, id, "STOPPED")?;
-    }
-    let deleted = host.output(&format!("ctr task rm {id}; echo; ctr container rm {id}"))?;
-    let code = deleted.stderr.split("exit with non-zero exit code ").nth(1);
-    let code = code.and_then(|code| code.split(|c: char| !c.is_ascii_digit()).next());
-    code.map_or(Ok(0), |code| code.parse().with_context(|| format!("read {}", deleted.stderr)))
-}
-
-/// Fails if a container has left something on the host.
-fn assert_nothing_left(host: &Host) -> Result<()> {
-    let left = "ls /run/containerd/runc/default /run/ferry/s \
-                /run/containerd/io.containerd.runtime.v2.task/default 2>/dev/null | grep -v :; \
-                grep -o '/run/containerd/[^ ]*/rootfs' /proc/mounts; pgrep -a containerd-shim; \
-                ls /run/containerd/s; true";
-    let deadline = Instant::now() + SOON;
-    loop {
-        let left = host.run(left)?.stdout;
-        if left.trim().is_empty() {
-            return Ok(());
-        }
-        if Instant::now() > deadline {
-            bail!("left behind:\n{left}");
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
 
 #[test]
 fn exit_codes_are_those_of_the_process() -> Result<()> {

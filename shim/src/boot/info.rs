@@ -2,12 +2,13 @@
 
 use super::input;
 use crate::options::TaskOptions;
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use containerd_shim::protos::protobuf::{Message, MessageField};
 use containerd_shim::protos::types::introspection::{RuntimeInfo, RuntimeVersion};
+use ferry_oci::runc::Runc;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 /// What the OCI's features are called in an `Any`.
@@ -26,11 +27,7 @@ pub(super) fn print() -> Result<()> {
 
 fn info(sent: Option<Any>) -> Result<RuntimeInfo> {
     let options = TaskOptions::decode(sent.as_ref())?;
-    let binary = match options.binary_name.as_str() {
-        "" => "runc",
-        name => name,
-    };
-    let binary = find(binary)?;
+    let binary = Runc::new(&options.binary_name, &options.root, "", false).find()?;
     let version =
         RuntimeVersion { version: env!("CARGO_PKG_VERSION").to_string(), ..Default::default() };
     Ok(RuntimeInfo {
@@ -40,19 +37,6 @@ fn info(sent: Option<Any>) -> Result<RuntimeInfo> {
         features: features(&binary).into(),
         ..Default::default()
     })
-}
-
-/// The program `name`, as a shell would find it.
-fn find(name: &str) -> Result<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = match name.contains('/') {
-        true => Some(PathBuf::from(name)).filter(|path| path.is_file()),
-        false => std::env::split_paths(&path).map(|dir| dir.join(name)).find(|path| path.is_file()),
-    };
-    match found {
-        Some(path) => Ok(path),
-        None => bail!("the runtime {name:?} is not installed: install it or name another one"),
-    }
 }
 
 /// What `runc features` says; none of a runtime that does not know the command.
