@@ -13,6 +13,8 @@ use containerd_shim::protos::shim_async::{Client, EventsClient};
 use containerd_shim::protos::ttrpc::{self, context};
 use containerd_shim::util::timestamp;
 use log::{debug, warn};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep, timeout};
@@ -47,8 +49,19 @@ fn type_url(topic: &str, event: &dyn Event) -> String {
 }
 
 enum Item {
-    Event(Box<Envelope>),
+    Event(Box<Envelope>, Heard),
     Flushed(oneshot::Sender<()>),
+}
+
+/// Whether containerd has been told of an event.
+#[derive(Clone, Default)]
+pub(crate) struct Heard(Arc<AtomicBool>);
+
+impl Heard {
+    /// Whether it has, by now.
+    pub(crate) fn yet(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
 }
 
 /// Sends events. Cheap to share.
@@ -70,15 +83,17 @@ impl Events {
     }
 
     /// Queues an event; never waits.
-    pub(crate) fn send(&self, event: impl Event + 'static) {
+    pub(crate) fn send(&self, event: impl Event + 'static) -> Heard {
         let topic = event.topic();
+        let heard = Heard::default();
         match self.envelope(&topic, &event) {
             Ok(envelope) => {
                 // The receiver lives as long as the runtime.
-                let _ = self.queue.send(Item::Event(Box::new(envelope)));
+                let _ = self.queue.send(Item::Event(Box::new(envelope), heard.clone()));
             }
             Err(err) => warn!("event {topic}: {err}"),
         }
+        heard
     }
 
     fn envelope(&self, topic: &str, event: &dyn Event) -> containerd_shim::Result<Envelope> {
@@ -107,19 +122,25 @@ async fn forward(address: String, mut items: mpsc::UnboundedReceiver<Item>) {
     while let Some(item) = items.recv().await {
         match item {
             Item::Flushed(sender) => drop(sender.send(())),
-            Item::Event(envelope) => deliver(&address, &mut client, *envelope).await,
+            Item::Event(envelope, heard) => {
+                let told = deliver(&address, &mut client, *envelope).await;
+                heard.0.store(told, Ordering::Release);
+            }
         }
     }
 }
 
-async fn deliver(address: &str, client: &mut Option<EventsClient>, envelope: Envelope) {
+async fn deliver(address: &str, client: &mut Option<EventsClient>, envelope: Envelope) -> bool {
     let topic = envelope.topic().to_string();
     let mut request = ForwardRequest::new();
     request.set_envelope(envelope);
     for pause in PAUSES {
         sleep(Duration::from_secs(pause)).await;
         match attempt(address, client, &request).await {
-            Ok(()) => return debug!("sent {topic}"),
+            Ok(()) => {
+                debug!("sent {topic}");
+                return true;
+            }
             Err(err) => {
                 warn!("event {topic}: {err}");
                 *client = None;
@@ -127,6 +148,7 @@ async fn deliver(address: &str, client: &mut Option<EventsClient>, envelope: Env
         }
     }
     warn!("event {topic} is dropped, containerd does not take it");
+    false
 }
 
 async fn attempt(

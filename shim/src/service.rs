@@ -220,7 +220,8 @@ impl Task for Service {
         req: api::PidsRequest,
     ) -> TtrpcResult<api::PidsResponse> {
         let container = self.get(&req.id)?;
-        let pids = container.pids().await?;
+        let mut pids = container.pids().await?;
+        pids.extend(container.unheard_exit());
         let execs: Vec<_> = container
             .execs()
             .iter()

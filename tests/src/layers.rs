@@ -88,6 +88,10 @@ pub const CRUN: Layer = Layer { name: "crun", packages: &["crun"], ..EMPTY };
 pub const CRUN_FOR_RUNC: Layer =
     Layer { name: "crun_for_runc", links: &[("usr/local/sbin/runc", "/usr/bin/crun")], ..EMPTY };
 
+/// What snapshotters of file systems of their own make those with.
+pub const FILE_SYSTEMS: Layer =
+    Layer { name: "file_systems", packages: &["e2fsprogs", "erofs-utils"], ..EMPTY };
+
 /// Debian's CNI plugins, in `/usr/lib/cni` and where containerd looks for them.
 pub const CNI: Layer = Layer {
     name: "cni",
@@ -156,6 +160,7 @@ pub const ALL: &[&Layer] = &[
     &RUNC,
     &CRUN,
     &CRUN_FOR_RUNC,
+    &FILE_SYSTEMS,
     &CNI,
     &NERDCTL,
     &CRICTL,

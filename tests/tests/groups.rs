@@ -89,9 +89,13 @@ fn a_group_whose_shim_dies_is_cleaned_up_as_a_whole() -> Result<()> {
 fn what_takes_long_for_one_container_does_not_hold_up_another() -> Result<()> {
     let lab = task_lab()?;
     let host = lab.host("a");
-    // A runc that takes its time for one container.
-    let slow =
-        "#!/bin/sh\ncase \"$*\" in *pause*slow*) sleep 5 ;; esac\nexec /usr/bin/runc \"$@\"\n";
+    // A runc that takes its time for one container. What is there may be a link: it goes first, since
+    // from out here it leads elsewhere.
+    let runc = host.run("readlink -f $(command -v runc); rm -f /usr/local/sbin/runc")?.stdout;
+    let slow = format!(
+        "#!/bin/sh\ncase \"$*\" in *pause*slow*) sleep 5 ;; esac\nexec {} \"$@\"\n",
+        runc.trim()
+    );
     std::fs::write(host.root().join("usr/local/sbin/runc"), slow)?;
     host.run("chmod +x /usr/local/sbin/runc")?;
     for runtime in RUNTIMES {

@@ -347,7 +347,7 @@ fn a_container_with_a_terminal_is_restored_into_a_new_one() -> Result<()> {
         let restored = tty(host, ask, "ctr container restore --live --rw t image")?;
         assert_eq!(restored.status.code(), Some(5), "{runtime}: {restored}");
         host.output("ctr task rm -f t; ctr container rm t")?;
-        host.run("ctr image rm image")?;
+        host.run("ctr image rm --sync image")?;
         assert_nothing_left(host)?;
     }
     Ok(())

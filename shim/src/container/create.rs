@@ -93,6 +93,7 @@ async fn prepare(
         execs: HashMap::new(),
         cgroup: None,
         oom: None,
+        heard: None,
         reserved: None,
     };
     if request.checkpoint.is_some() {

@@ -58,7 +58,7 @@ impl Container {
             inner.oom = None;
             inner.pid
         };
-        self.events.send(TaskExit {
+        let heard = self.events.send(TaskExit {
             container_id: self.id.clone(),
             id: self.id.clone(),
             pid,
@@ -66,6 +66,7 @@ impl Container {
             exited_at: timestamp(exit.at),
             ..Default::default()
         });
+        self.inner().heard = Some(heard);
         self.exited.send_replace(Some(exit));
     }
 }

@@ -8,11 +8,15 @@ use crate::reaper::Exit;
 use crate::state::{Op, Status, admit};
 use containerd_shim::protos::events::task::{TaskDelete, TaskPaused, TaskResumed, TaskStart};
 use ferry_oci::runc::{Kill, Pause, Resume, Start};
-use log::warn;
+use log::{debug, warn};
 use std::sync::Arc;
 
 /// A signal that a frozen process only gets once it is thawed; runc sees to that.
 const SIGKILL: u32 = 9;
+/// How often runc may try to freeze a container.
+const FREEZES: u32 = 3;
+/// What it says when it could not.
+const UNFROZEN: &str = "unable to freeze";
 
 impl Container {
     /// Runs the process of a created task, or restores one created from a checkpoint. Returns the
@@ -77,7 +81,7 @@ impl Container {
         let _op = self.op.write().await;
         self.admit(Op::Pause)?;
         self.set_status(Status::Pausing);
-        if let Err(err) = self.runtime.call(&Pause { id: &self.id }).await {
+        if let Err(err) = self.freeze_by_runc().await {
             self.set_status(Status::Running);
             return Err(err);
         }
@@ -87,9 +91,17 @@ impl Container {
         Ok(())
     }
 
-    /// Freezes all processes of a reserved container; nobody hears of it.
+    /// Freezes all processes; nobody hears of it. A freezer of cgroup v1 may not get hold of all
+    /// processes of a busy machine in the time that runc gives it. runc has thawed them then.
     pub(crate) async fn freeze_by_runc(&self) -> Result<()> {
-        self.runtime.call(&Pause { id: &self.id }).await.map(drop)
+        let mut attempts = FREEZES;
+        loop {
+            attempts -= 1;
+            match self.runtime.call(&Pause { id: &self.id }).await {
+                Err(err) if attempts > 0 && err.to_string().contains(UNFROZEN) => debug!("{err}"),
+                done => return done.map(drop),
+            }
+        }
     }
 
     /// Thaws all processes.

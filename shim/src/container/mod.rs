@@ -26,7 +26,7 @@ pub(crate) use restore::{Held, HoldParams, RestoreParams};
 
 use crate::cgroup::{Cgroup, oom};
 use crate::error::{Error, Result};
-use crate::events::Events;
+use crate::events::{Events, Heard};
 use crate::io::{ChildStdio, ProcessIo, Stdio};
 use crate::options::TaskOptions;
 use crate::reaper::Exit;
@@ -67,6 +67,8 @@ struct Inner {
     cgroup: Option<Arc<Cgroup>>,
     /// Until the exit of init.
     oom: Option<oom::Watch>,
+    /// Of the exit of init.
+    heard: Option<Heard>,
     reserved: Option<String>,
 }
 
@@ -141,6 +143,15 @@ impl Container {
             }
             _ => Ok(Vec::new()),
         }
+    }
+
+    /// The pid of an init whose exit containerd has not heard of. Until it has, such a process is
+    /// one that has not been waited for; and a containerd that comes back deletes, with the exit
+    /// code, what says that it has no process.
+    pub(crate) fn unheard_exit(&self) -> Option<u32> {
+        let inner = self.inner();
+        let unheard = inner.heard.as_ref().is_some_and(|heard| !heard.yet());
+        (inner.status == Status::Stopped && unheard && inner.pid != 0).then_some(inner.pid)
     }
 
     /// Waits until the exit of init has been published.
