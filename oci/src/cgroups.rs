@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use nix::sys::signal::Signal;
+use nix::sys::statfs::{CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
 
 /// Where cgroup hierarchies are mounted.
 const ROOT: &str = "/sys/fs/cgroup";
@@ -84,7 +85,7 @@ pub fn join(pid: u32, beside: u32) -> io::Result<()> {
 /// # Errors
 /// When none has it, or the first hierarchy that refuses.
 pub fn enter(path: &Path, pid: u32) -> io::Result<()> {
-    let there = below(Path::new(ROOT), path).into_iter().map(|folder| folder.join("cgroup.procs"));
+    let there = cgroups_at(path).into_iter().map(|folder| folder.join("cgroup.procs"));
     let doors: Vec<_> = there.filter(|door| door.exists()).collect();
     if doors.is_empty() {
         return Err(io::Error::new(io::ErrorKind::NotFound, "there is no such cgroup"));
@@ -96,7 +97,7 @@ pub fn enter(path: &Path, pid: u32) -> io::Result<()> {
 /// could end them. `path` is the `cgroupsPath` of its spec.
 pub fn kill_members(path: &Path) {
     let mut found = Vec::new();
-    for folder in below(Path::new(ROOT), path) {
+    for folder in cgroups_at(path) {
         // Not every hierarchy has it.
         let _ = collect(&folder, &mut found);
     }
@@ -112,15 +113,25 @@ pub fn kill_members(path: &Path) {
 /// `path` is the `cgroupsPath` of its spec; those that systemd makes are systemd's to remove. Whether
 /// none is left.
 pub fn remove_empty(path: &Path) -> bool {
-    remove_below(Path::new(ROOT), path)
+    remove(&cgroups_at(path))
 }
 
-fn remove_below(root: &Path, path: &Path) -> bool {
+fn remove(folders: &[PathBuf]) -> bool {
     // The kernel refuses those in which something runs.
     let mut gone = true;
-    let folders = below(root, path).into_iter();
-    folders.for_each(|folder| gone &= fs::remove_dir(&folder).is_ok() || !folder.exists());
+    folders.iter().for_each(|folder| gone &= fs::remove_dir(folder).is_ok() || !folder.exists());
     gone
+}
+
+/// The cgroups of a `cgroupsPath`. Where a hierarchy is not mounted there may be folders of the same name
+/// that are nothing: of one with files in it crun makes a cgroup in its own mind.
+fn cgroups_at(path: &Path) -> Vec<PathBuf> {
+    let is_cgroup = |folder: &PathBuf| {
+        statfs(folder.as_path()).is_ok_and(|of| {
+            [CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC].contains(&of.filesystem_type())
+        })
+    };
+    below(Path::new(ROOT), path).into_iter().filter(is_cgroup).collect()
 }
 
 /// The folders of a `cgroupsPath` in every hierarchy. None for one that is no plain path of its own.
@@ -189,10 +200,10 @@ mod tests {
             fs::create_dir_all(folder(name)).unwrap();
         }
         for refused in ["default/x", "/", "/../x", "a:b:c"] {
-            remove_below(&folder("cpu"), Path::new(refused));
+            remove(&below(&folder("cpu"), Path::new(refused)));
         }
         assert!(folder("cpu/default/x").exists());
-        assert!(!remove_below(root.path(), Path::new("/default/x")), "one has something in it");
+        assert!(!remove(&below(root.path(), Path::new("/default/x"))), "one has something in it");
         assert!(!folder("cpu/default/x").exists() && !folder("default/x").exists());
         assert!(folder("memory/default/x/inner").exists() && folder("cpu/other/x").exists());
     }

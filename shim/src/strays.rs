@@ -10,8 +10,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// How long what was killed may take to be gone.
-const LIMIT: Duration = Duration::from_secs(10);
+/// How long what was killed may take to be gone. containerd gives all of a cleanup 5 s.
+const LIMIT: Duration = Duration::from_millis(1500);
 const BETWEEN: Duration = Duration::from_millis(20);
 
 /// Ends the commands of `runc` that work on `bundle`, and all that they have started.

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use ferry_tests::ctr::{BUSYBOX, FERRY, IDLE, RUNTIMES, SOON, remove, until};
-use ferry_tests::{Host, Job, task_lab};
+use ferry_tests::versions::can_checkpoint;
+use ferry_tests::{Host, Job, skip, task_lab};
 use serde_json::Value;
 
 /// Uses memory until it is killed.
@@ -189,6 +190,10 @@ fn nothing_of_the_watch_outlives_its_container() -> Result<()> {
 
 #[test]
 fn a_restored_container_is_counted_and_watched() -> Result<()> {
+    if !can_checkpoint()? {
+        skip("this crun has no checkpoint");
+        return Ok(());
+    }
     let lab = task_lab()?;
     let host = lab.host("a");
     // Not with the reference: it finds the cgroups at Create only, when a restored task has none.
