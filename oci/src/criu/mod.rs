@@ -27,5 +27,5 @@ pub use pagemap::{
     ImageError, Leak, Mapping, PageRun, Pagemap, check, check_parsed, pages_bytes, parse_mappings,
     read_mappings, tasks,
 };
-pub use record::{DumpOptions, DumpRecord, RECORD_FILE, RECORD_VERSION, RecordError};
+pub use record::{DumpOptions, DumpRecord, Locked, RECORD_FILE, RECORD_VERSION, RecordError};
 pub use tar::{FastTar, TarCounts};

@@ -5,6 +5,9 @@
 //! has a version of its own; a reader refuses versions that it does not know.
 
 use super::NetworkLock;
+#[cfg(doc)]
+use crate::quarantine::connections;
+use crate::quarantine::connections::Connection;
 use crate::tmpfs::Tmpfs;
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -14,10 +17,10 @@ use std::path::Path;
 pub const RECORD_FILE: &str = "ferry.json";
 /// Version of the record's format. Since 2 there is [`DumpOptions::in_netns`]; who does not know it
 /// would restore into the host's network. Since 3 there is [`DumpOptions::tmpfs`], without which a
-/// restore fails.
-pub const RECORD_VERSION: u32 = 3;
-/// A record is small; anything larger is not one.
-const MAX_BYTES: u64 = 64 * 1024;
+/// restore fails; since 4 [`DumpOptions::locked`], without which peers may be answered with a reset.
+pub const RECORD_VERSION: u32 = 4;
+/// A record is small, but for a line for each connection; anything larger is not one.
+const MAX_BYTES: u64 = 16 << 20;
 
 /// What a dump and its restore must agree on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +45,27 @@ pub struct DumpOptions {
     pub in_netns: bool,
     /// File systems that were left out, and are put in place by whoever restores.
     pub tmpfs: Vec<Tmpfs>,
+    /// Connections that are kept silent until the restore.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub locked: Option<Locked>,
+}
+
+/// The lock that a dump leaves behind when its container has ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Locked {
+    /// Id of the lock, see [`connections`].
+    pub id: String,
+    /// When it ends by itself, in seconds since 1970.
+    pub until: u64,
+    /// What is locked.
+    pub connections: Vec<Connection>,
+}
+
+impl Locked {
+    /// Whether `id` can be one, as [`connections::table`] takes it.
+    pub fn is_id(id: &str) -> bool {
+        id.len() == 16 && id.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+    }
 }
 
 impl Default for DumpOptions {
@@ -57,6 +81,7 @@ impl Default for DumpOptions {
             network_lock: NetworkLock::Default,
             in_netns: false,
             tmpfs: Vec::new(),
+            locked: None,
         }
     }
 }
@@ -159,9 +184,9 @@ mod tests {
 
     #[test]
     fn a_newer_version_is_refused_by_number() {
-        let newer = br#"{"version":4,"options":"of another shape"}"#;
+        let newer = br#"{"version":5,"options":"of another shape"}"#;
         let err = DumpRecord::parse(newer).unwrap_err();
-        assert!(matches!(err, RecordError::Version(4)), "{err}");
+        assert!(matches!(err, RecordError::Version(5)), "{err}");
     }
 
     #[test]
@@ -170,7 +195,7 @@ mod tests {
         assert!(matches!(DumpRecord::parse(b"{}"), Err(RecordError::Format(_))));
         assert!(matches!(DumpRecord::parse(b"{\"version\":0}"), Err(RecordError::Version(0))));
         let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join(RECORD_FILE), vec![b' '; 70_000]).unwrap();
+        std::fs::write(dir.path().join(RECORD_FILE), vec![b' '; (16 << 20) + 1]).unwrap();
         assert!(matches!(DumpRecord::read(dir.path()), Err(RecordError::Size)));
     }
 

@@ -14,9 +14,12 @@
 //!      netlink.rs            messages to the kernel; the reader of a queue uses them too
 //! ```
 //!
+//! [connections] silences no address but single connections, for a checkpoint.
+//!
 //! All rules are in two tables that carry the migration's id, so that removing them can never touch
 //! anybody else's.
 
+pub mod connections;
 mod hold;
 pub mod netlink;
 mod prepared;

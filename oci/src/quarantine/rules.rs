@@ -11,11 +11,11 @@ use super::netlink::{APPEND, Batch, CREATE, Message};
 
 /// nf_tables among the netfilter subsystems.
 pub(super) const SUBSYSTEM: u16 = 10;
-const NEW_TABLE: u16 = SUBSYSTEM << 8;
+pub(super) const NEW_TABLE: u16 = SUBSYSTEM << 8;
 const GET_TABLE: u16 = SUBSYSTEM << 8 | 1;
 const DELETE_TABLE: u16 = SUBSYSTEM << 8 | 2;
 const NEW_CHAIN: u16 = SUBSYSTEM << 8 | 3;
-const NEW_RULE: u16 = SUBSYSTEM << 8 | 6;
+pub(super) const NEW_RULE: u16 = SUBSYSTEM << 8 | 6;
 const DELETE_RULE: u16 = SUBSYSTEM << 8 | 8;
 
 /// Table name in a table message.
@@ -23,20 +23,20 @@ const TABLE_NAME: u16 = 1;
 
 /// Before every ordinary filter and before connections are tracked: a packet that waits must not
 /// have an entry there that the next one of its connection would clash with.
-const PRIORITY: i32 = -300;
-const INET: u8 = 1;
+pub(super) const PRIORITY: i32 = -300;
+pub(super) const INET: u8 = 1;
 const ARP: u8 = 3;
 /// Numbers of the protocols within `inet`, as the key `nfproto` gives them.
-const IPV4: u8 = 2;
-const IPV6: u8 = 10;
+pub(super) const IPV4: u8 = 2;
+pub(super) const IPV6: u8 = 10;
 const ICMPV6: u8 = 58;
 const NEIGHBOUR_SOLICITATION: u8 = 135;
 const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
 const REGISTER: u32 = 1;
-const META_PROTOCOL: u32 = 15;
-const META_TRANSPORT: u32 = 16;
-const NETWORK_HEADER: u32 = 1;
-const TRANSPORT_HEADER: u32 = 2;
+pub(super) const META_PROTOCOL: u32 = 15;
+pub(super) const META_TRANSPORT: u32 = 16;
+pub(super) const NETWORK_HEADER: u32 = 1;
+pub(super) const TRANSPORT_HEADER: u32 = 2;
 
 /// A chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,9 +106,7 @@ impl<'a> Script<'a> {
     /// Both tables go, with all in them; no error when they are not there.
     pub(super) fn delete(mut self) -> Self {
         for family in [INET, ARP] {
-            // Deleting one that is not there fails, making one that is there does not.
-            self.table(NEW_TABLE, CREATE, family);
-            self.table(DELETE_TABLE, 0, family);
+            delete_table(&mut self.batch, self.table, family);
         }
         self
     }
@@ -119,15 +117,8 @@ impl<'a> Script<'a> {
             self.table(NEW_TABLE, CREATE, family);
             for way in Way::all(family) {
                 let priority = if family == INET { PRIORITY } else { 0 };
-                let chain = Message::new(NEW_CHAIN, CREATE, family, 0)
-                    .text(1, self.table)
-                    .text(3, way.chain())
-                    .nest(4, |hook| {
-                        hook.number(1, way.hook(family)).number(2, priority.cast_unsigned())
-                    })
-                    .number(5, 1) // policy: accept
-                    .text(7, "filter");
-                self.batch.push(chain);
+                let (name, hook) = (way.chain(), way.hook(family));
+                self.batch.push(chain(family, self.table, name, hook, priority));
             }
         }
         self
@@ -191,7 +182,7 @@ impl<'a> Script<'a> {
     }
 
     fn table(&mut self, kind: u16, flags: u16, family: u8) {
-        self.batch.push(Message::new(kind, flags, family, 0).text(TABLE_NAME, self.table));
+        self.batch.push(table_message(kind, flags, family, self.table));
     }
 
     fn rule(
@@ -207,6 +198,28 @@ impl<'a> Script<'a> {
             .nest(4, |expressions| end(fits(expressions), verdict));
         self.batch.push(message);
     }
+}
+
+/// A message about the table `name`.
+pub(super) fn table_message(kind: u16, flags: u16, family: u8, name: &str) -> Message {
+    Message::new(kind, flags, family, 0).text(TABLE_NAME, name)
+}
+
+/// The table goes, with all in it; no error when it is not there.
+pub(super) fn delete_table(batch: &mut Batch, name: &str, family: u8) {
+    // Deleting one that is not there fails, making one that is there does not.
+    batch.push(table_message(NEW_TABLE, CREATE, family, name));
+    batch.push(table_message(DELETE_TABLE, 0, family, name));
+}
+
+/// A chain that is hooked in and lets pass what no rule of it fits.
+pub(super) fn chain(family: u8, table: &str, name: &str, hook: u32, priority: i32) -> Message {
+    Message::new(NEW_CHAIN, CREATE, family, 0)
+        .text(1, table)
+        .text(3, name)
+        .nest(4, |at| at.number(1, hook).number(2, priority.cast_unsigned()))
+        .number(5, 1) // policy: accept
+        .text(7, "filter")
 }
 
 /// The request for the names of all tables, and how to read an answer.
@@ -238,11 +251,15 @@ fn neighbour(message: Message, kind: u8, address: &IpAddr) -> Message {
     load_and_compare(icmp, TRANSPORT_HEADER, 8, &v6.octets())
 }
 
-fn expression(list: Message, name: &str, data: impl FnOnce(Message) -> Message) -> Message {
+pub(super) fn expression(
+    list: Message,
+    name: &str,
+    data: impl FnOnce(Message) -> Message,
+) -> Message {
     list.nest(1, |element| element.text(1, name).nest(2, data))
 }
 
-fn meta(list: Message, key: u32, wanted: u8) -> Message {
+pub(super) fn meta(list: Message, key: u32, wanted: u8) -> Message {
     let list = expression(list, "meta", |m| m.number(1, REGISTER).number(2, key));
     compare(list, &[wanted])
 }
@@ -261,7 +278,7 @@ fn compare(list: Message, wanted: &[u8]) -> Message {
     })
 }
 
-fn end(list: Message, verdict: Verdict) -> Message {
+pub(super) fn end(list: Message, verdict: Verdict) -> Message {
     match verdict {
         Verdict::Drop => expression(list, "immediate", |m| {
             m.number(1, 0).nest(2, |data| data.nest(2, |verdict| verdict.number(1, 0)))

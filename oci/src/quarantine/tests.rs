@@ -239,3 +239,99 @@ fn how_long_a_lock_takes() {
         println!("remove {:?}", start.elapsed());
     });
 }
+
+/// A connection over loopback, its client's end first.
+fn connected(to: &str) -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind((to, 0)).unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (server, _) = listener.accept().unwrap();
+    for end in [&client, &server] {
+        end.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    }
+    (client, server)
+}
+
+fn of(server: &TcpStream) -> connections::Connection {
+    let (local, remote) = (server.local_addr().unwrap(), server.peer_addr().unwrap());
+    connections::Connection { local, remote }
+}
+
+/// Whether what one end writes is read at the other.
+fn arrives(from: &mut TcpStream, to: &mut TcpStream) -> bool {
+    from.write_all(b"x").unwrap();
+    to.read(&mut [0; 16]).is_ok()
+}
+
+#[test]
+fn connections_are_silent_until_they_are_unlocked_and_others_never() {
+    for address in ["127.0.0.1", "::1"] {
+        in_namespace(move || {
+            let (mut client, mut server) = connected(address);
+            let (mut other_client, mut other_server) = connected(address);
+            connections::lock("one", &[of(&server)], Duration::from_secs(60)).unwrap();
+            assert_eq!(connections::locked().unwrap(), ["one"]);
+            assert!(!arrives(&mut client, &mut server), "{address}: in");
+            assert!(!arrives(&mut server, &mut client), "{address}: out");
+            assert!(arrives(&mut other_client, &mut other_server));
+            // Again, for more of them.
+            let both = [of(&server), of(&other_server)];
+            connections::lock("one", &both, Duration::from_secs(60)).unwrap();
+            assert!(!arrives(&mut other_client, &mut other_server));
+            connections::unlock("one").unwrap();
+            connections::unlock("one").unwrap();
+            assert!(connections::locked().unwrap().is_empty());
+            server.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            assert!(server.read(&mut [0; 16]).is_ok(), "{address}: it comes again");
+        });
+    }
+}
+
+#[test]
+fn a_lock_that_is_forgotten_ends_with_its_time() {
+    in_namespace(|| {
+        let (mut client, mut server) = connected("127.0.0.1");
+        connections::lock("one", &[of(&server)], Duration::from_millis(500)).unwrap();
+        assert!(!arrives(&mut client, &mut server));
+        server.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        assert!(server.read(&mut [0; 16]).is_ok());
+    });
+}
+
+#[test]
+fn a_peer_of_a_locked_connection_that_has_ended_hears_nothing() {
+    in_namespace(|| {
+        let (mut client, server) = connected("127.0.0.1");
+        let (mut plain, gone) = connected("127.0.0.1");
+        connections::lock("one", &[of(&server)], Duration::from_secs(60)).unwrap();
+        for ended in [server, gone] {
+            nix::sys::socket::setsockopt(&ended, nix::sys::socket::sockopt::TcpRepair, &1).unwrap();
+        }
+        client.write_all(b"x").unwrap();
+        plain.write_all(b"x").unwrap();
+        let reset = |stream: &mut TcpStream| match stream.read(&mut [0; 16]) {
+            Err(error) => error.kind() == ErrorKind::ConnectionReset,
+            Ok(_) => false,
+        };
+        assert!(reset(&mut plain), "without a lock the kernel answers");
+        assert!(!reset(&mut client), "with a lock it does not");
+    });
+}
+
+#[test]
+fn more_connections_than_a_message_holds_are_locked() {
+    in_namespace(|| {
+        let all: Vec<_> = (1..=2000)
+            .map(|port| connections::Connection {
+                local: (MOVED, 80).into(),
+                remote: (OTHER, port).into(),
+            })
+            .collect();
+        connections::lock("many", &all, Duration::from_secs(60)).unwrap();
+        let listed = Command::new("nft").args(["list", "ruleset"]).output();
+        if let Ok(listed) = listed {
+            let text = String::from_utf8_lossy(&listed.stdout).into_owned();
+            assert!(text.matches("127.0.0.3 . ").count() >= 2000, "{text}");
+        }
+        connections::unlock("many").unwrap();
+    });
+}

@@ -18,6 +18,10 @@ use std::time::Duration;
 /// middle of a dump leaves its parasite in the tasks.
 const DEADLINE: Duration = Duration::from_secs(600);
 
+/// Annotation of a container: `false` has its checkpoints end established TCP connections, which are
+/// kept by default.
+const OPEN_TCP: &str = "io.ferry.open-tcp";
+
 /// CRIU's log, in its work folder.
 pub(super) const LOG: &str = "dump.log";
 
@@ -61,7 +65,7 @@ impl Container {
             images: images.into(),
             work: work.clone(),
             leave_running: !options.exit,
-            options: dump_options(options),
+            options: self.dump_options(options)?,
             extra: Vec::new(),
             deadline: DEADLINE,
         };
@@ -72,9 +76,25 @@ impl Container {
         done
     }
 
-    /// Dumps the container, which runs or is frozen. If it fails, the container is as it was,
+    /// What a dump through the Task API does.
+    fn dump_options(&self, options: CheckpointOptions) -> Result<DumpOptions> {
+        let spec = self.spec()?;
+        let annotations = spec.annotations().as_ref();
+        let open_tcp = annotations.and_then(|all| all.get(OPEN_TCP)).map(String::as_str);
+        match open_tcp {
+            None | Some("true") => Ok(dump_options(options, true)),
+            Some("false") => Ok(dump_options(options, false)),
+            Some(other) => {
+                let text = format!("the annotation {OPEN_TCP} is {other:?}: say true or false");
+                Err(Error::invalid_argument(text))
+            }
+        }
+    }
+
+    /// Dumps the container, which runs or is frozen. If its tasks are not kept, their connections stay
+    /// silent until a restore, see [`silent`](super::silent). If it fails, the container is as it was,
     /// CRIU's own network lock is gone, and CRIU's log is in the bundle as criu-dump.log.
-    pub(crate) async fn checkpoint(&self, params: CheckpointParams) -> Result<()> {
+    pub(crate) async fn checkpoint(&self, mut params: CheckpointParams) -> Result<()> {
         let _op = self.op.write().await;
         admit(self.snapshot().status, Op::Checkpoint)?;
         self.must_be_filled().await?;
@@ -82,8 +102,16 @@ impl Container {
             std::fs::create_dir_all(folder)
                 .context(format!("make the folder {}", folder.display()))?;
         }
+        let silent = match params.leave_running {
+            true => None,
+            false => self.fall_silent(&mut params.options).await?,
+        };
         if let Err(err) = self.dump(&params).await {
-            return Err(self.dump_failed(err, &params.work).await);
+            let err = self.dump_failed(err, &params.work).await;
+            if let Some(silent) = silent {
+                silent.speak().await;
+            }
+            return Err(err);
         }
         let criu = criu::version(&params.work.join(LOG)).ok().flatten();
         self.write_record(&params, criu.unwrap_or_default()).await?;
@@ -183,10 +211,11 @@ pub(super) fn verb<'a>(id: &'a str, params: &'a CheckpointParams) -> Result<Chec
     })
 }
 
-/// What a dump through the Task API does: connections are always kept.
-fn dump_options(options: CheckpointOptions) -> DumpOptions {
+/// What a dump through the Task API does. `ctr` always says that connections are not to be kept, since
+/// it has no way to be told: they are, unless the container does not want it.
+fn dump_options(options: CheckpointOptions, open_tcp: bool) -> DumpOptions {
     DumpOptions {
-        tcp_established: true,
+        tcp_established: open_tcp || options.open_tcp,
         file_locks: options.file_locks,
         ext_unix_sk: options.external_unix_sockets,
         shell_job: options.terminal,
@@ -220,16 +249,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn connections_are_kept_whatever_the_client_says() {
-        let options = dump_options(CheckpointOptions::default());
+    fn connections_are_kept_unless_the_container_does_not_want_it() {
+        let options = dump_options(CheckpointOptions::default(), true);
         assert!(options.tcp_established);
+        let unwanted = dump_options(CheckpointOptions::default(), false);
+        assert!(!unwanted.tcp_established);
+        let asked = CheckpointOptions { open_tcp: true, ..Default::default() };
+        assert!(dump_options(asked, false).tcp_established);
         assert_eq!(options.manage_cgroups, None);
-        let options = dump_options(CheckpointOptions {
+        let all = CheckpointOptions {
             file_locks: true,
             cgroups_mode: "soft".into(),
             empty_namespaces: vec!["network".into()],
             ..Default::default()
-        });
+        };
+        let options = dump_options(all, true);
         assert!(options.file_locks);
         assert_eq!(options.manage_cgroups.as_deref(), Some("soft"));
         assert_eq!(options.empty_ns, ["network"]);

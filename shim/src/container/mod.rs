@@ -16,6 +16,7 @@ mod prepared;
 mod relay;
 mod resources;
 mod restore;
+mod silent;
 
 pub(crate) use checkpoint::CheckpointParams;
 pub(crate) use create::CreateRequest;
@@ -25,13 +26,14 @@ pub(crate) use prepared::{Extras, PreparedDump, PreparedRestore};
 pub(crate) use restore::{Held, HoldParams, RestoreParams};
 
 use crate::cgroup::{Cgroup, oom};
-use crate::error::{Error, Result};
+use crate::error::{Context as _, Error, Result};
 use crate::events::{Events, Heard};
 use crate::io::{ChildStdio, ProcessIo, Stdio};
 use crate::options::TaskOptions;
 use crate::reaper::Exit;
 use crate::runtime::Runtime;
 use crate::state::{Op, Status, admit};
+use oci_spec::runtime::Spec;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -204,6 +206,13 @@ impl Container {
             "" => self.bundle.join("work"),
             path => path.into(),
         }
+    }
+
+    /// The bundle's spec.
+    fn spec(&self) -> Result<Spec> {
+        let config = std::fs::read(self.bundle.join("config.json"));
+        let config = config.context("read the bundle's spec")?;
+        serde_json::from_slice(&config).context("read the bundle's spec")
     }
 
     fn init_pid_file(&self) -> PathBuf {

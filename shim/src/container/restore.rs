@@ -104,13 +104,21 @@ impl Container {
         let _op = self.op.write().await;
         admit(self.snapshot().status, Op::Restore)?;
         let deadline = params.deadline;
+        let silent = self.stay_silent(&params.images).await?;
         let mut attempt = self.begin(&params, None, &[])?;
         let result = match attempt.runc.wait(deadline).await {
             Ok(()) => self.connect_terminal().await.and_then(|()| read_pid(&self.init_pid_file())),
             Err(err) => Err(explain(err, "restore", &attempt.log)),
         };
         match result {
-            Ok(pid) => Ok(self.runs(attempt.window.adopt(pid))),
+            Ok(pid) => {
+                let pid = self.runs(attempt.window.adopt(pid));
+                if let Some(silent) = silent {
+                    silent.speak().await;
+                }
+                Ok(pid)
+            }
+            // Its connections stay silent for another attempt.
             Err(err) => {
                 self.never_ran(&mut attempt, None).await;
                 Err(err)
@@ -237,11 +245,7 @@ impl Container {
 
     /// Where the bundle's spec wants its cgroups.
     fn cgroups_path(&self) -> Result<Option<PathBuf>> {
-        let config = std::fs::read(self.bundle.join("config.json"));
-        let spec: oci_spec::runtime::Spec =
-            serde_json::from_slice(&config.context("read the bundle's spec")?)
-                .context("read the bundle's spec")?;
-        Ok(spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone()))
+        Ok(self.spec()?.linux().as_ref().and_then(|linux| linux.cgroups_path().clone()))
     }
 
     /// The restore has failed or was refused: nothing of it is left and the task is stopped.

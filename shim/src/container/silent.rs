@@ -1,0 +1,174 @@
+//! Connections of a container that ends with its checkpoint. Its kernel would answer their peers with
+//! resets: they are silent from the dump until a restore, or for [`HOLD`].
+
+use super::Container;
+use super::network::Network;
+use crate::error::{Context as _, Error, Result};
+use crate::state::Status;
+use ferry_oci::criu::{DumpOptions, DumpRecord, Locked, NetworkLock};
+use ferry_oci::freezer::Freezer;
+use ferry_oci::netns::Netns;
+use ferry_oci::quarantine::connections::{self, Connection};
+use ferry_oci::sockets::{self, Protocol};
+use log::warn;
+use std::io::Read as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// How long connections stay silent at most. TCP itself gives up what is not acknowledged after about
+/// a quarter of an hour; a peer that has nothing to say waits for longer.
+const HOLD: Duration = Duration::from_secs(3600);
+/// How long they do at least once a restore has begun.
+const RESTORE: Duration = Duration::from_secs(900);
+/// How long the freezer may take.
+const FREEZER: Duration = Duration::from_secs(10);
+
+/// A container that stands still with its connections locked.
+pub(super) struct Silent {
+    freezer: Option<Freezer>,
+    lock: Option<(Arc<Netns>, String)>,
+}
+
+impl Container {
+    /// Freezes the container, if it runs, and locks those of its connections that are in a network
+    /// which outlives it. Notes in `options` what is locked.
+    pub(super) async fn fall_silent(&self, options: &mut DumpOptions) -> Result<Option<Silent>> {
+        if !options.tcp_established {
+            return Ok(None);
+        }
+        let Some(netns) = self.lasting_network()? else { return Ok(None) };
+        let snapshot = self.snapshot();
+        let freezer = match snapshot.status {
+            Status::Running => Some(Freezer::of(snapshot.pid).context("find the freezer")?),
+            _ => None,
+        };
+        let freeze = freezer.clone();
+        blocking(move || freeze.map(|freezer| freezer.freeze(FREEZER)).transpose())
+            .await?
+            .context("freeze the container")?;
+        let mut silent = Silent { freezer, lock: None };
+        match self.lock_connections(&netns).await {
+            Ok(locked) => {
+                silent.lock = locked.as_ref().map(|locked| (netns, locked.id.clone()));
+                if locked.is_some() {
+                    // It keeps nothing else from passing than CRIU's own would.
+                    options.network_lock = NetworkLock::Skip;
+                }
+                options.locked = locked;
+                Ok(Some(silent))
+            }
+            Err(err) => {
+                silent.speak().await;
+                Err(err)
+            }
+        }
+    }
+
+    async fn lock_connections(&self, netns: &Arc<Netns>) -> Result<Option<Locked>> {
+        let pids = self.pids().await?;
+        let netns = netns.clone();
+        let lock = move || -> Result<Option<Locked>> {
+            let connections = of(&pids)?;
+            if connections.is_empty() {
+                return Ok(None);
+            }
+            let id = new_id().context("choose an id for the lock")?;
+            lock(&netns, &id, &connections, HOLD)?;
+            let until = now() + HOLD.as_secs();
+            Ok(Some(Locked { id, until, connections }))
+        };
+        blocking(lock).await?
+    }
+
+    /// Sees to it that the connections in `images` are silent while they are restored, on this host
+    /// or another. What has to be unlocked afterwards.
+    pub(super) async fn stay_silent(&self, images: &Path) -> Result<Option<Silent>> {
+        let record = DumpRecord::read(images).context("read the images")?;
+        let Some(locked) = record.and_then(|record| record.options.locked) else {
+            return Ok(None);
+        };
+        if !Locked::is_id(&locked.id) {
+            return Err(Error::invalid_argument("the record of the dump has a bad lock"));
+        }
+        let Some(netns) = self.lasting_network()? else { return Ok(None) };
+        let left = Duration::from_secs(locked.until.saturating_sub(now())).min(HOLD);
+        let (id, inside) = (locked.id.clone(), netns.clone());
+        blocking(move || lock(&inside, &id, &locked.connections, left.max(RESTORE))).await??;
+        Ok(Some(Silent { freezer: None, lock: Some((netns, locked.id)) }))
+    }
+
+    /// The network that its connections are in, if that outlives it.
+    fn lasting_network(&self) -> Result<Option<Arc<Netns>>> {
+        let netns = match Network::of(&self.bundle)? {
+            Network::Private => None,
+            Network::Host => {
+                Some(Netns::of(std::process::id()).context("open the host's network")?)
+            }
+            Network::Path(_) => self.given_netns()?,
+        };
+        Ok(netns.map(Arc::new))
+    }
+}
+
+impl Silent {
+    /// Unlocks the connections, and lets the container run if it did.
+    pub(super) async fn speak(self) {
+        let undo = move || {
+            if let Some((netns, id)) = self.lock {
+                match netns.run(|| connections::unlock(&id)) {
+                    Ok(Ok(())) => {}
+                    Ok(Err(err)) => warn!("{err}"),
+                    Err(err) => warn!("enter the network namespace: {err}"),
+                }
+            }
+            if let Some(freezer) = self.freezer
+                && let Err(err) = freezer.thaw(FREEZER)
+            {
+                warn!("thaw: {err}");
+            }
+        };
+        if let Err(err) = blocking(undo).await {
+            warn!("unlock the connections: {err}");
+        }
+    }
+}
+
+/// TCP connections of the processes.
+fn of(pids: &[u32]) -> Result<Vec<Connection>> {
+    let all = sockets::of_processes(pids).context("list the connections")?;
+    let tcp = all.into_iter().filter(|s| s.protocol == Protocol::Tcp && s.connected);
+    Ok(tcp.map(|s| Connection { local: s.local, remote: s.remote }).collect())
+}
+
+fn lock(netns: &Netns, id: &str, connections: &[Connection], time: Duration) -> Result<()> {
+    let locked = netns.run(|| connections::lock(id, connections, time));
+    locked.context("enter the network namespace")?.context("lock the connections")
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.context("wait for a thread")
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Random, since checkpoints of several hosts may come to one.
+fn new_id() -> std::io::Result<String> {
+    let mut bytes = [0; 8];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(format!("{:016x}", u64::from_ne_bytes(bytes)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_is_one_that_a_restore_takes() {
+        assert!(Locked::is_id(&new_id().unwrap()));
+        assert!(!Locked::is_id("../../../../etc/"));
+    }
+}
