@@ -173,6 +173,15 @@ impl<'a> ByHand<'a> {
     /// # Errors
     /// When the host cannot do that.
     pub fn clear(&self) -> Result<()> {
+        self.clear_but_rules()?;
+        self.host.run("nft flush ruleset").map(drop)
+    }
+
+    /// [`Self::clear`], but for the firewall's rules.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn clear_but_rules(&self) -> Result<()> {
         let script = format!(
             "pkill -9 -x containerd-shim; pkill -9 -x 'criu|runc'; \
              for id in $(ls {RUNC} 2>/dev/null); do runc --root {RUNC} delete -f $id 2>/dev/null; done; \
@@ -181,7 +190,7 @@ impl<'a> ByHand<'a> {
              for mount in $(grep -o '{BUNDLES}/[^ ]*' /proc/mounts); do umount -l $mount; done; \
              find {BUNDLES} -mindepth 1 -maxdepth 1 -type d -exec rm -rf {{}} +; \
              find /sys/fs/cgroup -depth -type d -path '*/{NAMESPACE}/*' -exec rmdir {{}} ';'; \
-             rm -rf {RUNC} /tmp/images-* /run/containerd/s/*; nft flush ruleset"
+             rm -rf {RUNC} /tmp/images-* /run/containerd/s/*"
         );
         self.host.run(&script).map(drop)
     }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use ferry_tests::by_hand::{ByHand, IDLE, Shim, exec_request};
 use ferry_tests::task::{V3, api};
 
-use crate::{Answers, SHIMS, compare, lab};
+use crate::{Answers, SHIMS, compare};
 
 /// How long what is left is waited for to go.
 const SOON: Duration = Duration::from_secs(15);
@@ -130,7 +130,7 @@ fn wait_for_end(hand: &ByHand<'_>, shim: &Shim) -> Result<()> {
 
 #[test]
 fn a_shim_that_is_killed_is_cleaned_up_wherever_its_container_was() -> Result<()> {
-    let lab = lab()?;
+    let lab = ferry_tests::task_lab()?;
     let hand = ByHand::on(lab.host("a"))?;
     let mut both = [Answers::new(), Answers::new()];
     for (program, of) in SHIMS.into_iter().zip(&mut both) {
@@ -154,7 +154,7 @@ fn a_shim_that_is_killed_is_cleaned_up_wherever_its_container_was() -> Result<()
 
 #[test]
 fn signals_end_a_shim_as_they_end_the_reference() -> Result<()> {
-    let lab = lab()?;
+    let lab = ferry_tests::task_lab()?;
     let hand = ByHand::on(lab.host("a"))?;
     let mut both = [Answers::new(), Answers::new()];
     for (program, of) in SHIMS.into_iter().zip(&mut both) {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use ferry_tests::by_hand::{ByHand, IDLE, Shim, exec_request};
 use ferry_tests::task::api;
 
-use crate::{Answers, SHIMS, compare, lab};
+use crate::{Answers, SHIMS, compare};
 
 const SIGKILL: u32 = 9;
 const SOON: Duration = Duration::from_secs(30);
@@ -166,7 +166,7 @@ const ORDERS: [Order; 10] = [
 
 #[test]
 fn events_come_in_the_same_order() -> Result<()> {
-    let lab = lab()?;
+    let lab = ferry_tests::task_lab()?;
     let mut both = [Answers::new(), Answers::new()];
     for (program, of) in SHIMS.into_iter().zip(&mut both) {
         println!("{program}:");

@@ -12,8 +12,8 @@ use ferry_tests::task::api::{self, Status};
 use ferry_tests::task::protobuf::Message;
 use ferry_tests::task::{Refusal, Task, V3};
 
+use crate::SHIMS;
 use crate::asked::{METHODS, bytes};
-use crate::{SHIMS, lab};
 
 /// Requests in frames that are right.
 const REQUESTS: usize = 18_000;
@@ -147,7 +147,7 @@ fn works(hand: &ByHand<'_>, shim: &Shim) -> Result<()> {
 fn no_request_makes_the_shim_panic() -> Result<()> {
     let seed = seed()?;
     println!("{SEED}={seed}");
-    let lab = lab()?;
+    let lab = ferry_tests::task_lab()?;
     let hand = ByHand::on(lab.host("a"))?;
     let shim = hand.shim(SHIMS[0], "fuzzed", V3)?;
     for id in ["kept", "target"] {

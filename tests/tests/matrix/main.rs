@@ -12,22 +12,10 @@ mod states;
 mod streams;
 
 use anyhow::{Result, ensure};
-use ferry_tests::{Lab, table};
+use ferry_tests::table;
 
 /// The programs, in the order of the table's columns.
 const SHIMS: [&str; 2] = ["containerd-shim-ferry-v2", "containerd-shim-runc-v2"];
-
-/// A host with ferry's shim.
-fn lab() -> Result<Lab> {
-    let lab = Lab::start(1)?;
-    let installed = lab.install_ferry()?;
-    ensure!(
-        installed.iter().any(|path| path.ends_with(SHIMS[0])),
-        "{} has not been built",
-        SHIMS[0]
-    );
-    Ok(lab)
-}
 
 /// What was done, and what came of it, in order.
 type Answers = Vec<(String, String)>;

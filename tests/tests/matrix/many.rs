@@ -10,7 +10,7 @@ use ferry_tests::table;
 use ferry_tests::task::{V3, api};
 use std::time::Duration;
 
-use crate::{SHIMS, lab};
+use crate::SHIMS;
 
 const EXECS: usize = 200;
 const SOON: Duration = Duration::from_secs(60);
@@ -52,7 +52,7 @@ fn all(hand: &ByHand<'_>, shim: &Shim) -> Result<Vec<String>> {
 
 #[test]
 fn two_hundred_execs_at_once_lose_nothing_and_leave_no_zombie() -> Result<()> {
-    let lab = lab()?;
+    let lab = ferry_tests::task_lab()?;
     let mut results = Vec::new();
     for program in SHIMS {
         let hand = ByHand::on(lab.host("a"))?;

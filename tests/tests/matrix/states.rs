@@ -9,7 +9,7 @@ use ferry_tests::task::api::{self, Status};
 use ferry_tests::task::{Task, V2, V3};
 
 use crate::asked::{EXEC_METHODS, METHODS, ask, short};
-use crate::{Answers, SHIMS, compare, lab};
+use crate::{Answers, SHIMS, compare};
 
 const SIGKILL: u32 = 9;
 
@@ -267,7 +267,7 @@ type Part = fn(&ByHand<'_>, &Shim) -> Result<Answers>;
 
 /// Does `part` with both shims, and compares.
 fn both(area: &str, service: &'static str, part: Part) -> Result<()> {
-    let lab = lab()?;
+    let lab = ferry_tests::task_lab()?;
     let hand = ByHand::on(lab.host("a"))?;
     let mut answers = [Answers::new(), Answers::new()];
     for (program, answers) in SHIMS.into_iter().zip(&mut answers) {
@@ -314,7 +314,7 @@ fn wrong_requests_are_refused_alike() -> Result<()> {
 
 #[test]
 fn the_service_answers_to_its_older_name_too() -> Result<()> {
-    let lab = lab()?;
+    let lab = ferry_tests::task_lab()?;
     let hand = ByHand::on(lab.host("a"))?;
     // Not with the reference, which has the name of its containerd alone.
     let shim = hand.shim(SHIMS[0], "t", V2)?;

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use ferry_tests::by_hand::{ByHand, IDLE, Shim, exec_request};
 use ferry_tests::task::api::{self, Status};
 
-use crate::{Answers, SHIMS, lab, show};
+use crate::{Answers, SHIMS, show};
 
 /// Copies its streams into files, as nerdctl's logger does: 3 and 4 to read from, 5 to say that it
 /// is ready.
@@ -204,7 +204,7 @@ fn answers(hand: &ByHand<'_>, program: &str) -> Result<Answers> {
 
 #[test]
 fn every_kind_of_stream_carries_all_of_it() -> Result<()> {
-    let lab = lab()?;
+    let lab = ferry_tests::task_lab()?;
     let hand = ByHand::on(lab.host("a"))?;
     let mut both = [Answers::new(), Answers::new()];
     for (program, of) in SHIMS.into_iter().zip(&mut both) {
