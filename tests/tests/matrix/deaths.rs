@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use ferry_tests::by_hand::{ByHand, IDLE, Shim, exec_request};
-use ferry_tests::task::{V3, api};
+use ferry_tests::task::api;
 
 use crate::{Answers, SHIMS, compare};
 
@@ -136,7 +136,7 @@ fn a_shim_that_is_killed_is_cleaned_up_wherever_its_container_was() -> Result<()
     for (program, of) in SHIMS.into_iter().zip(&mut both) {
         println!("{program}:");
         for (point, reach) in POINTS {
-            let shim = hand.shim(program, ID, V3)?;
+            let shim = hand.shim(program, ID, crate::service()?)?;
             reach(&hand, &shim).with_context(|| format!("{program}, {point}: {}", shim.log()))?;
             hand.host.run(&format!("kill -9 {}", shim.pid))?;
             wait_for_end(&hand, &shim)?;
@@ -160,7 +160,7 @@ fn signals_end_a_shim_as_they_end_the_reference() -> Result<()> {
     for (program, of) in SHIMS.into_iter().zip(&mut both) {
         println!("{program}:");
         for signal in ["TERM", "INT", "HUP", "PIPE", "USR1"] {
-            let shim = hand.shim(program, ID, V3)?;
+            let shim = hand.shim(program, ID, crate::service()?)?;
             running(&hand, &shim)?;
             hand.host.run(&format!("kill -{signal} {}", shim.pid))?;
             let deadline = Instant::now() + Duration::from_secs(4);

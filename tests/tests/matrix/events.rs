@@ -172,7 +172,7 @@ fn events_come_in_the_same_order() -> Result<()> {
         println!("{program}:");
         // Events are told apart by container: a recorder for each shim.
         let hand = ByHand::on(lab.host("a"))?;
-        let shim = hand.shim(program, "shim", ferry_tests::task::V3)?;
+        let shim = hand.shim(program, "shim", crate::service()?)?;
         let stage = Stage { hand: &hand, shim: &shim };
         for (case, run) in ORDERS {
             let order = run(&stage).unwrap_or_else(|err| format!("{err:#}"));

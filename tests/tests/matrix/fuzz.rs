@@ -10,7 +10,7 @@ use fastrand::Rng;
 use ferry_tests::by_hand::{ByHand, IDLE, Shim, exec_request};
 use ferry_tests::task::api::{self, Status};
 use ferry_tests::task::protobuf::Message;
-use ferry_tests::task::{Refusal, Task, V3};
+use ferry_tests::task::{Refusal, Task};
 
 use crate::SHIMS;
 use crate::asked::{METHODS, bytes};
@@ -129,7 +129,7 @@ fn frames(rng: &mut Rng, shim: &Shim) -> Result<()> {
 
 /// Does what is asked of any shim.
 fn works(hand: &ByHand<'_>, shim: &Shim) -> Result<()> {
-    let task = Task::connect(&shim.socket, V3)?;
+    let task = Task::connect(&shim.socket, crate::service()?)?;
     let request = api::StateRequest { id: "kept".into(), ..Default::default() };
     let state: api::StateResponse = task.call("State", &request)?;
     ensure!(state.status.enum_value() == Ok(Status::RUNNING), "{state}");
@@ -149,7 +149,7 @@ fn no_request_makes_the_shim_panic() -> Result<()> {
     println!("{SEED}={seed}");
     let lab = ferry_tests::task_lab()?;
     let hand = ByHand::on(lab.host("a"))?;
-    let shim = hand.shim(SHIMS[0], "fuzzed", V3)?;
+    let shim = hand.shim(SHIMS[0], "fuzzed", crate::service()?)?;
     for id in ["kept", "target"] {
         hand.create(&shim, id, IDLE)?;
         shim.start(id, "")?;
@@ -158,7 +158,7 @@ fn no_request_makes_the_shim_panic() -> Result<()> {
     let counts: Vec<Result<(usize, usize)>> = std::thread::scope(|scope| {
         let work = |n: usize| {
             let mut rng = Rng::with_seed(seed + n as u64);
-            let task = Task::connect(&shim.socket, V3)?;
+            let task = Task::connect(&shim.socket, crate::service()?)?;
             requests(&mut rng, &shim, &task, REQUESTS / threads)
         };
         let threads: Vec<_> = (0..threads).map(|n| scope.spawn(move || work(n))).collect();

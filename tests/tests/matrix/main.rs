@@ -13,9 +13,16 @@ mod streams;
 
 use anyhow::{Result, ensure};
 use ferry_tests::table;
+use ferry_tests::task::{V2, V3};
+use ferry_tests::versions::{Containerd, chosen};
 
 /// The programs, in the order of the table's columns.
 const SHIMS: [&str; 2] = ["containerd-shim-ferry-v2", "containerd-shim-runc-v2"];
+
+/// The Task service that both shims have.
+fn service() -> Result<&'static str> {
+    Ok(if chosen()?.0 == Containerd::V1_7 { V2 } else { V3 })
+}
 
 /// What was done, and what came of it, in order.
 type Answers = Vec<(String, String)>;

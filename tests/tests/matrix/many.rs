@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use ferry_tests::by_hand::{ByHand, IDLE, Shim, exec_request};
 use ferry_tests::events::exits;
 use ferry_tests::table;
-use ferry_tests::task::{V3, api};
+use ferry_tests::task::api;
 use std::time::Duration;
 
 use crate::SHIMS;
@@ -56,7 +56,7 @@ fn two_hundred_execs_at_once_lose_nothing_and_leave_no_zombie() -> Result<()> {
     let mut results = Vec::new();
     for program in SHIMS {
         let hand = ByHand::on(lab.host("a"))?;
-        let shim = hand.shim(program, "many", V3)?;
+        let shim = hand.shim(program, "many", crate::service()?)?;
         hand.create(&shim, "many", IDLE)?;
         shim.start("many", "")?;
         let wrong = all(&hand, &shim).with_context(|| format!("{program}: {}", shim.log()))?;

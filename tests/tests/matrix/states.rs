@@ -289,7 +289,7 @@ fn both(area: &str, service: &'static str, part: Part) -> Result<()> {
 
 #[test]
 fn every_method_answers_alike_in_every_state_of_a_task() -> Result<()> {
-    both("task", V3, |hand, shim| {
+    both("task", crate::service()?, |hand, shim| {
         let id = shim.bundle.rsplit('/').next().unwrap_or_default();
         let mut answers = tasks(hand, shim, id)?;
         answers.extend(more_tasks(hand, shim)?);
@@ -299,17 +299,17 @@ fn every_method_answers_alike_in_every_state_of_a_task() -> Result<()> {
 
 #[test]
 fn every_method_answers_alike_in_every_state_of_an_exec() -> Result<()> {
-    both("exec", V3, execs)
+    both("exec", crate::service()?, execs)
 }
 
 #[test]
 fn execs_that_cannot_start_are_refused_alike() -> Result<()> {
-    both("failed exec", V3, failed_execs)
+    both("failed exec", crate::service()?, failed_execs)
 }
 
 #[test]
 fn wrong_requests_are_refused_alike() -> Result<()> {
-    both("wrong request", V3, wrong)
+    both("wrong request", crate::service()?, wrong)
 }
 
 #[test]

@@ -176,7 +176,7 @@ const KINDS: [Kind; 6] = [
 ];
 
 fn answers(hand: &ByHand<'_>, program: &str) -> Result<Answers> {
-    let shim = hand.shim(program, "streams", ferry_tests::task::V3)?;
+    let shim = hand.shim(program, "streams", crate::service()?)?;
     hand.create(&shim, "streams", IDLE)?;
     shim.start("streams", "")?;
     let mut answers = Answers::new();
