@@ -6,19 +6,23 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use containerd_shim_protos::protobuf::{self, well_known_types::any::Any};
+use containerd_shim_protos::bootstrap_api::BootstrapParams;
+use containerd_shim_protos::protobuf::{self, Message as _, well_known_types::any::Any};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use serde_json::{Value, json};
 
 use crate::events::Recorder;
 use crate::task::{self, Refusal, Task, api};
+use crate::versions::{Containerd, chosen};
 use crate::{Host, Job};
 
 /// Folder of the bundles on the host. Not containerd's: it would take them for its own.
 const BUNDLES: &str = "/run/by-hand";
 /// The containers' root file system. It has to lie on a real disk for CRIU.
 const ROOTFS: &str = "/var/lib/containerd/by-hand";
+/// containerd's socket.
+const CONTAINERD: &str = "/run/containerd/containerd.sock";
 /// The containerd namespace that the shims are told.
 const NAMESPACE: &str = "by-hand";
 /// What runc calls the namespace's folder.
@@ -104,9 +108,11 @@ impl<'a> ByHand<'a> {
         mkfifo(&log, Mode::from_bits_truncate(0o700)).context("make the log's FIFO")?;
         let log = self.host.spawn(&format!("exec cat {bundle}/log"))?;
         // The shell stays: the shim looks at its parent, which has to be one of the host.
+        let params = self.params(id)?.write_to_bytes().context("encode the start's parameters")?;
+        std::fs::write(self.path(&format!("{bundle}/params")), params).context("write them")?;
         let start = self.host.output(&format!(
             "cd {bundle} && TTRPC_ADDRESS={BUNDLES}/events.sock {program} -namespace {NAMESPACE} \
-             -id {id} -address /run/containerd/containerd.sock -publish-binary /bin/false start; exit $?"
+             -id {id} -address {CONTAINERD} -publish-binary /bin/false start <params; exit $?"
         ))?;
         let start = start.checked(&format!("{program} start"))?;
         let socket = task::socket(self.host, start.stdout.as_bytes())?;
@@ -114,6 +120,21 @@ impl<'a> ByHand<'a> {
         let request = api::ConnectRequest { id: id.into(), ..Default::default() };
         let answer: api::ConnectResponse = task.call("Connect", &request)?;
         Ok(Shim { task, pid: answer.shim_pid, socket, bundle, log })
+    }
+
+    /// What containerd from 2.3 on sends to `start`; nothing for an earlier one.
+    fn params(&self, id: &str) -> Result<BootstrapParams> {
+        if ![Containerd::V2_3, Containerd::V2_4].contains(&chosen()?.0) {
+            return Ok(BootstrapParams::default());
+        }
+        Ok(BootstrapParams {
+            instance_id: id.into(),
+            namespace: NAMESPACE.into(),
+            containerd_grpc_address: CONTAINERD.into(),
+            containerd_ttrpc_address: format!("{BUNDLES}/events.sock"),
+            containerd_binary: "/bin/false".into(),
+            ..Default::default()
+        })
     }
 
     /// A path of the host, as this machine sees it.
@@ -187,7 +208,7 @@ impl<'a> ByHand<'a> {
              for id in $(ls {RUNC} 2>/dev/null); do runc --root {RUNC} delete -f $id 2>/dev/null; done; \
              pkill -9 -x tail; \
              while pgrep -x 'containerd-shim|criu|runc|tail' >/dev/null; do sleep 0.1; done; \
-             for mount in $(grep -o '{BUNDLES}/[^ ]*' /proc/mounts); do umount -l $mount; done; \
+             for mount in $(grep -oE '({BUNDLES}|{RUNC})/[^ ]*' /proc/mounts | tac); do umount -l $mount; done; \
              find {BUNDLES} -mindepth 1 -maxdepth 1 -type d -exec rm -rf {{}} +; \
              find /sys/fs/cgroup -depth -type d -path '*/{NAMESPACE}/*' -exec rmdir {{}} ';'; \
              rm -rf {RUNC} /tmp/images-* /run/containerd/s/*"
