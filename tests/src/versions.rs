@@ -133,8 +133,10 @@ pub fn task_hosts(hosts: u8, more: &[&Layer]) -> Result<Lab> {
     if runc == Runc::Crun {
         for n in 1..=hosts {
             // crun refuses a second hierarchy with controllers beside those of version 1.
-            lab.host(&host_name(n))
-                .run("! mountpoint -q /sys/fs/cgroup/unified || umount /sys/fs/cgroup/unified")?;
+            // Where it was mounted, it would make folders that are no cgroups.
+            lab.host(&host_name(n)).run(
+                "cd /sys/fs/cgroup; ! mountpoint -q unified || { umount unified && rmdir unified; }",
+            )?;
         }
     }
     let shim = "containerd-shim-ferry-v2";

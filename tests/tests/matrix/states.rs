@@ -259,7 +259,9 @@ fn wrong(hand: &ByHand<'_>, shim: &Shim) -> Result<Answers> {
 /// With no container left, Shutdown ends the shim and its socket is gone.
 fn end(hand: &ByHand<'_>, shim: &Shim) -> Result<()> {
     let answer = ask(shim, "Shutdown", "", "");
-    ensure!(answer == "ok", "Shutdown without a container: {answer}");
+    // The newest reference may be gone before it has answered.
+    let gone = answer == "connection lost" && !shim.bundle.ends_with("ferry-v2");
+    ensure!(answer == "ok" || gone, "Shutdown without a container: {answer}");
     hand.host.wait_until("the shim has ended", |h| {
         h.output(&format!("test -e /proc/{}", shim.pid)).is_ok_and(|o| !o.status.success())
     })?;
