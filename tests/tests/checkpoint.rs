@@ -21,6 +21,10 @@ const ECHO: &[&str] = &["nc", "-ll", "-p", "7007", "-e", "cat"];
 const CLIENT: &str = "import socket, sys
 server = socket.create_connection((sys.argv[1], 7007))
 server.settimeout(0.1)
+# Asks every second whether the other end is there, also while it waits for an answer.
+for option, value in ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 100)):
+    server.setsockopt(socket.IPPROTO_TCP, option, value)
+server.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 count = 0
 while True:
     count += 1

@@ -7,12 +7,16 @@ use crate::mounts;
 use crate::reaper::Exit;
 use crate::state::{Op, Status, admit};
 use containerd_shim::protos::events::task::{TaskDelete, TaskPaused, TaskResumed, TaskStart};
+use ferry_oci::freezer::Freezer;
 use ferry_oci::runc::{Kill, Pause, Resume, Start};
 use log::{debug, warn};
 use std::sync::Arc;
+use std::time::Duration;
 
-/// A signal that a frozen process only gets once it is thawed; runc sees to that.
+/// A signal that a frozen process only gets once it is thawed; runc sees to that, crun does not.
 const SIGKILL: u32 = 9;
+/// How long a freezer may take to thaw.
+const FREEZER: Duration = Duration::from_secs(5);
 /// How often runc may try to freeze a container.
 const FREEZES: u32 = 3;
 /// What it says when it could not.
@@ -52,10 +56,29 @@ impl Container {
         let _op = self.op.read().await;
         self.admit(Op::Kill)?;
         match self.runtime.call(&Kill { id: &self.id, signal, all }).await {
+            Ok(_) if signal == SIGKILL => {
+                self.thaw_the_killed().await;
+                Ok(())
+            }
             Ok(_) => Ok(()),
             // runc finds init dead before its exit has been reported here.
             Err(_) if !self.is_alive() => Err(Error::not_found("process already finished")),
             Err(err) => Err(err),
+        }
+    }
+
+    /// crun leaves a paused container frozen, which then does not end.
+    async fn thaw_the_killed(&self) {
+        let snapshot = self.snapshot();
+        if snapshot.status != Status::Paused {
+            return;
+        }
+        let thaw = move || Freezer::of(snapshot.pid)?.thaw(FREEZER);
+        match tokio::task::spawn_blocking(thaw).await {
+            // It has ended meanwhile.
+            Ok(Err(err)) => debug!("thaw a killed container: {err}"),
+            Err(err) => debug!("thaw a killed container: {err}"),
+            Ok(Ok(())) => {}
         }
     }
 

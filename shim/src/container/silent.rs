@@ -11,6 +11,7 @@ use ferry_oci::netns::Netns;
 use ferry_oci::quarantine::connections::{self, Connection};
 use ferry_oci::sockets::{self, Protocol};
 use log::warn;
+use std::collections::HashSet;
 use std::io::Read as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -94,7 +95,11 @@ impl Container {
         let Some(netns) = self.lasting_network()? else { return Ok(None) };
         let left = Duration::from_secs(locked.until.saturating_sub(now())).min(HOLD);
         let (id, inside) = (locked.id.clone(), netns.clone());
-        blocking(move || lock(&inside, &id, &locked.connections, left.max(RESTORE))).await??;
+        let relock = move || {
+            let missing = missing(&inside, locked.connections)?;
+            lock(&inside, &id, &missing, left.max(RESTORE))
+        };
+        blocking(relock).await??;
         Ok(Some(Silent { freezer: None, lock: Some((netns, locked.id)) }))
     }
 
@@ -141,6 +146,16 @@ fn of(pids: &[u32]) -> Result<Vec<Connection>> {
     Ok(tcp.map(|s| Connection { local: s.local, remote: s.remote }).collect())
 }
 
+/// Those that nobody has in the network. Images are not to be trusted: they must not silence a
+/// connection of this host, or of another container.
+fn missing(netns: &Netns, mut connections: Vec<Connection>) -> Result<Vec<Connection>> {
+    let there = netns.run(|| sockets::in_netns_of(nix::unistd::gettid().as_raw().cast_unsigned()));
+    let there = there.context("enter the network namespace")?.context("list the connections")?;
+    let there: HashSet<_> = there.iter().map(|s| (s.local, s.remote)).collect();
+    connections.retain(|c| !there.contains(&(c.local, c.remote)));
+    Ok(connections)
+}
+
 fn lock(netns: &Netns, id: &str, connections: &[Connection], time: Duration) -> Result<()> {
     let locked = netns.run(|| connections::lock(id, connections, time));
     locked.context("enter the network namespace")?.context("lock the connections")
@@ -165,6 +180,17 @@ fn new_id() -> std::io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_connection_that_somebody_has_is_not_silenced() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let local = listener.local_addr().unwrap();
+        let stream = std::net::TcpStream::connect(local).unwrap();
+        let there = Connection { local, remote: stream.local_addr().unwrap() };
+        let gone = Connection { local, remote: "127.0.0.1:1".parse().unwrap() };
+        let own = Netns::of(std::process::id()).unwrap();
+        assert_eq!(missing(&own, vec![there, gone]).unwrap(), [gone]);
+    }
 
     #[test]
     fn an_id_is_one_that_a_restore_takes() {

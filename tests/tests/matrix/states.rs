@@ -102,6 +102,10 @@ fn more_tasks(hand: &ByHand<'_>, shim: &Shim) -> Result<Answers> {
     );
     ask(shim, "Pause", "paused", "");
     asker.note("Kill", "paused, KILL", short(shim.kill("paused", "", SIGKILL)));
+    if !can_checkpoint()? && !shim.bundle.ends_with("ferry-v2") {
+        // The reference leaves it to the runtime to thaw what it kills, and crun does not.
+        ask(shim, "Resume", "paused", "");
+    }
     shim.wait_for_status("paused", "", Status::STOPPED)?;
     asker.note("Delete", "killed while paused", format!("{:?}", shim.delete("paused", "")));
 
