@@ -41,6 +41,15 @@ while True:
     print(count, flush=True)
 ";
 
+/// A host and a client; none where the runtime has no checkpoint.
+fn lab() -> Result<Option<Lab>> {
+    if !can_checkpoint()? {
+        skip("this crun has no checkpoint");
+        return Ok(None);
+    }
+    task_lab().map(Some)
+}
+
 /// A host with a shim of ours, and a client elsewhere.
 struct Bed<'a> {
     host: &'a Host,
@@ -147,11 +156,7 @@ fn goes_on(client: &mut Job) -> Result<()> {
 
 #[test]
 fn a_client_stays_connected_over_checkpoints_that_end_the_container() -> Result<()> {
-    if !can_checkpoint()? {
-        skip("this crun has no checkpoint");
-        return Ok(());
-    }
-    let lab = task_lab()?;
+    let Some(lab) = lab()? else { return Ok(()) };
     let bed = Bed::on(&lab)?;
     let mut shim = bed.server("s", &Value::Null)?;
     let mut client = bed.connect()?;
@@ -176,11 +181,7 @@ fn a_client_stays_connected_over_checkpoints_that_end_the_container() -> Result<
 
 #[test]
 fn without_the_lock_the_client_would_be_reset() -> Result<()> {
-    if !can_checkpoint()? {
-        skip("this crun has no checkpoint");
-        return Ok(());
-    }
-    let lab = task_lab()?;
+    let Some(lab) = lab()? else { return Ok(()) };
     let bed = Bed::on(&lab)?;
     let shim = bed.server("s", &Value::Null)?;
     let mut client = bed.connect()?;
@@ -193,11 +194,7 @@ fn without_the_lock_the_client_would_be_reset() -> Result<()> {
 
 #[test]
 fn a_container_may_want_no_connections_kept() -> Result<()> {
-    if !can_checkpoint()? {
-        skip("this crun has no checkpoint");
-        return Ok(());
-    }
-    let lab = task_lab()?;
+    let Some(lab) = lab()? else { return Ok(()) };
     let bed = Bed::on(&lab)?;
     let shim = bed.server("s", &json!({ "io.ferry.open-tcp": "false" }))?;
     let mut client = bed.connect()?;
@@ -219,11 +216,7 @@ fn a_container_may_want_no_connections_kept() -> Result<()> {
 
 #[test]
 fn a_dump_that_fails_leaves_the_container_running_and_its_client_connected() -> Result<()> {
-    if !can_checkpoint()? {
-        skip("this crun has no checkpoint");
-        return Ok(());
-    }
-    let lab = task_lab()?;
+    let Some(lab) = lab()? else { return Ok(()) };
     let bed = Bed::on(&lab)?;
     let shim = bed.server("s", &Value::Null)?;
     let mut client = bed.connect()?;
