@@ -2,11 +2,13 @@
 //! systems in files, which containerd 2.2 and later partly mount by themselves. The same with ferry and
 //! with the reference.
 
+use std::path::Path;
+
 use anyhow::{Context, Result, ensure};
 use ferry_tests::ctr::{IDLE, RUNTIMES, assert_nothing_left, remove, start, until};
 use ferry_tests::layers::FILE_SYSTEMS;
 use ferry_tests::versions::{Containerd, chosen, task_lab_over};
-use ferry_tests::{Host, Lab, table};
+use ferry_tests::{Host, Lab, skip, table};
 
 /// Turns on the snapshotters that need more than a folder.
 const CONFIG: &str = r#"
@@ -48,11 +50,19 @@ fn devices(host: &Host) -> Result<String> {
 
 #[test]
 fn every_snapshotter_gives_a_root_that_is_written_to_and_gone_afterwards() -> Result<()> {
+    if !Path::new("/dev/loop-control").exists() {
+        skip("the kernel has no loop devices");
+        return Ok(());
+    }
     let lab = lab()?;
     let host = lab.host("a");
     let mut snapshotters = vec![("overlayfs", "overlay"), ("native", ""), ("blockfile", "ext4")];
-    if chosen()?.0 != Containerd::V1_7 {
-        snapshotters.push(("erofs", "overlay"));
+    let kernel = std::fs::read_to_string("/proc/filesystems").context("list file systems")?;
+    match kernel.contains("\terofs\n") {
+        // 1.7 has no such snapshotter.
+        true if chosen()?.0 == Containerd::V1_7 => {}
+        true => snapshotters.push(("erofs", "overlay")),
+        false => skip("the kernel has no erofs; the other snapshotters are tried"),
     }
     for (snapshotter, kind) in snapshotters {
         for runtime in RUNTIMES {
