@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use ferry_tests::Scene;
+use ferry_tests::ctr::wait_for_status;
 use ferry_tests::scene::RUNTIME;
 
 /// Numbers in a log, which must follow each other.
@@ -47,6 +48,7 @@ fn output_into_a_fifo_goes_on_in_a_file_and_never_blocks() -> Result<()> {
         "exec ctr run --runtime {RUNTIME} docker.io/library/busybox:latest box \
          sh -c 'n=0; while :; do n=$((n+1)); echo $n; echo e$n >&2; usleep 200; done'"
     ))?;
+    wait_for_status(a, "box", "RUNNING")?;
     std::thread::sleep(Duration::from_secs(1));
     let output = scene.try_migrate("box", "a", "b", "")?.checked("ferry migrate")?;
     ensure!(output.stdout.contains("/var/log/ferry/default/box/stdout.log"), "{output}");
