@@ -6,12 +6,11 @@
 
 use containerd_shim::event::Event;
 use containerd_shim::protos::protobuf::MessageDyn;
-use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use containerd_shim::protos::shim::event::Envelope;
 use containerd_shim::protos::shim::events::ForwardRequest;
 use containerd_shim::protos::shim_async::{Client, EventsClient};
 use containerd_shim::protos::ttrpc::{self, context};
-use containerd_shim::util::timestamp;
+use containerd_shim::util::{convert_to_any, timestamp};
 use log::{debug, warn};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,29 +23,6 @@ const ATTEMPT: Duration = Duration::from_secs(10);
 /// Pauses between attempts; after the last one the event is dropped. containerd asks for the
 /// state of every task when it comes back, so a dropped event does no lasting harm.
 const PAUSES: [u64; 6] = [0, 1, 2, 4, 8, 15];
-
-/// Types of the events. A message knows its own, but asking it makes descriptions of every message
-/// of its file, which then stay in memory for as long as the shim lives.
-const TYPES: [(&str, &str); 10] = [
-    ("/tasks/create", "containerd.events.TaskCreate"),
-    ("/tasks/start", "containerd.events.TaskStart"),
-    ("/tasks/exec-added", "containerd.events.TaskExecAdded"),
-    ("/tasks/exec-started", "containerd.events.TaskExecStarted"),
-    ("/tasks/paused", "containerd.events.TaskPaused"),
-    ("/tasks/resumed", "containerd.events.TaskResumed"),
-    ("/tasks/checkpointed", "containerd.events.TaskCheckpointed"),
-    ("/tasks/oom", "containerd.events.TaskOOM"),
-    ("/tasks/exit", "containerd.events.TaskExit"),
-    ("/tasks/delete", "containerd.events.TaskDelete"),
-];
-
-fn type_url(topic: &str, event: &dyn Event) -> String {
-    let known = TYPES.iter().find(|(of, _)| *of == topic);
-    known.map_or_else(
-        || event.descriptor_dyn().full_name().to_string(),
-        |(_, name)| name.to_string(),
-    )
-}
 
 enum Item {
     Event(Box<Envelope>, Heard),
@@ -86,7 +62,7 @@ impl Events {
     pub(crate) fn send(&self, event: impl Event + 'static) -> Heard {
         let topic = event.topic();
         let heard = Heard::default();
-        match self.envelope(&topic, &event) {
+        match self.envelope(&topic, Box::new(event)) {
             Ok(envelope) => {
                 // The receiver lives as long as the runtime.
                 let _ = self.queue.send(Item::Event(Box::new(envelope), heard.clone()));
@@ -96,15 +72,16 @@ impl Events {
         heard
     }
 
-    fn envelope(&self, topic: &str, event: &dyn Event) -> containerd_shim::Result<Envelope> {
+    fn envelope(
+        &self,
+        topic: &str,
+        event: Box<dyn MessageDyn>,
+    ) -> containerd_shim::Result<Envelope> {
         let mut envelope = Envelope::new();
         envelope.set_topic(topic.to_string());
         envelope.set_namespace(self.namespace.clone());
         envelope.set_timestamp(timestamp()?);
-        let mut any = Any { type_url: type_url(topic, event), ..Any::default() };
-        let message: &dyn MessageDyn = event;
-        message.write_to_vec_dyn(&mut any.value)?;
-        envelope.set_event(any);
+        envelope.set_event(convert_to_any(event)?);
         Ok(envelope)
     }
 
@@ -162,33 +139,4 @@ async fn attempt(
     };
     let limit = context::with_duration(ATTEMPT);
     connected.forward(limit, request).await.map(drop)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use containerd_shim::protos::events::task::{
-        TaskCheckpointed, TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit,
-        TaskOOM, TaskPaused, TaskResumed, TaskStart,
-    };
-
-    #[test]
-    fn events_are_of_the_type_that_they_say() {
-        let events: [Box<dyn Event>; 10] = [
-            Box::new(TaskCreate::new()),
-            Box::new(TaskStart::new()),
-            Box::new(TaskExecAdded::new()),
-            Box::new(TaskExecStarted::new()),
-            Box::new(TaskPaused::new()),
-            Box::new(TaskResumed::new()),
-            Box::new(TaskCheckpointed::new()),
-            Box::new(TaskOOM::new()),
-            Box::new(TaskExit::new()),
-            Box::new(TaskDelete::new()),
-        ];
-        for (event, (topic, name)) in events.iter().zip(TYPES) {
-            assert_eq!(event.topic(), topic);
-            assert_eq!(event.descriptor_dyn().full_name(), name);
-        }
-    }
 }

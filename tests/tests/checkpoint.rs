@@ -7,40 +7,17 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use ferry_tests::by_hand::{ByHand, Shim, any};
+use ferry_tests::counter::Counter;
 use ferry_tests::ctr::until;
 use ferry_tests::task::{V3, api};
 use ferry_tests::versions::can_checkpoint;
-use ferry_tests::{Host, Job, Lab, skip, task_lab};
+use ferry_tests::{Host, Lab, skip, task_lab};
 use serde_json::{Value, json};
 
 const SHIM: &str = "containerd-shim-ferry-v2";
 const IMAGES: &str = "/var/tmp/images";
 /// Gives back what it is sent.
 const ECHO: &[&str] = &["nc", "-ll", "-p", "7007", "-e", "cat"];
-/// Counts by it: each number has to come back before the next one is sent.
-const CLIENT: &str = "import socket, sys
-server = socket.create_connection((sys.argv[1], 7007))
-server.settimeout(0.1)
-# Asks every second whether the other end is there, also while it waits for an answer.
-for option, value in ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 100)):
-    server.setsockopt(socket.IPPROTO_TCP, option, value)
-server.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-count = 0
-while True:
-    count += 1
-    server.sendall(b'%d\\n' % count)
-    answer = b''
-    while not answer.endswith(b'\\n'):
-        try:
-            part = server.recv(64)
-            assert part, 'the server has ended'
-            answer += part
-        except TimeoutError:
-            pass
-    assert answer == b'%d\\n' % count, answer
-    print(count, flush=True)
-";
-
 /// A host and a client; none where the runtime has no checkpoint.
 fn lab() -> Result<Option<Lab>> {
     if !can_checkpoint()? {
@@ -59,10 +36,8 @@ struct Bed<'a> {
 
 impl<'a> Bed<'a> {
     fn on(lab: &'a Lab) -> Result<Self> {
-        let client = lab.client();
-        std::fs::write(client.root().join("tmp/client.py"), CLIENT)?;
         let host = lab.host("a");
-        Ok(Self { host, hand: ByHand::on(host)?, client })
+        Ok(Self { host, hand: ByHand::on(host)?, client: lab.client() })
     }
 
     /// A bundle that runs `args` in the host's network.
@@ -88,11 +63,8 @@ impl<'a> Bed<'a> {
         Ok(shim)
     }
 
-    fn connect(&self) -> Result<Job> {
-        let to = self.host.address();
-        let mut client = self.client.spawn(&format!("exec python3 /tmp/client.py {to}"))?;
-        client.wait_for("20\n", Duration::from_secs(20))?;
-        Ok(client)
+    fn connect(&self) -> Result<Counter> {
+        Counter::start(self.client, self.host, 7007, "{}")
     }
 
     /// A checkpoint with exit, and what is left of the task removed.
@@ -141,19 +113,6 @@ fn checkpoint_request(id: &str, options: &Value) -> api::CheckpointTaskRequest {
     }
 }
 
-fn count(client: &Job) -> usize {
-    client.stdout().lines().count()
-}
-
-/// Waits until the client has counted on.
-fn goes_on(client: &mut Job) -> Result<()> {
-    let before = count(client);
-    until("the client goes on", || {
-        ensure!(!client.ended()?, "the client has ended: {}", client.stderr());
-        Ok(count(client) > before + 20)
-    })
-}
-
 #[test]
 fn a_client_stays_connected_over_checkpoints_that_end_the_container() -> Result<()> {
     let Some(lab) = lab()? else { return Ok(()) };
@@ -161,17 +120,17 @@ fn a_client_stays_connected_over_checkpoints_that_end_the_container() -> Result<
     let mut shim = bed.server("s", &Value::Null)?;
     let mut client = bed.connect()?;
     for round in 0..3 {
-        goes_on(&mut client)?;
+        client.goes_on()?;
         bed.checkpoint(&shim, "s")?;
         let tables = bed.tables()?;
         ensure!(tables.contains("ferry_checkpoint_"), "round {round}: no lock: {tables}");
         // Long enough for what the client sends again.
         std::thread::sleep(Duration::from_secs(2));
-        ensure!(!client.ended()?, "round {round}: it was reset: {}", client.stderr());
+        ensure!(!client.has_ended()?, "round {round}: it was reset: {}", client.stderr());
         bed.hand.clear_but_rules()?;
         shim = bed.hand.shim(SHIM, "s", V3)?;
         bed.restore(&shim, "s")?;
-        goes_on(&mut client).with_context(|| format!("round {round}"))?;
+        client.goes_on().with_context(|| format!("round {round}"))?;
         ensure!(bed.tables()?.trim().is_empty(), "round {round}: {}", bed.tables()?);
         bed.host.run(&format!("rm -r {IMAGES}"))?;
     }
@@ -187,7 +146,7 @@ fn without_the_lock_the_client_would_be_reset() -> Result<()> {
     let mut client = bed.connect()?;
     bed.checkpoint(&shim, "s")?;
     bed.host.run("nft flush ruleset")?;
-    until("the client is reset", || client.ended())?;
+    until("the client is reset", || client.has_ended())?;
     ensure!(client.stderr().contains("ConnectionResetError"), "{}", client.stderr());
     bed.hand.clear()
 }
@@ -204,12 +163,12 @@ fn a_container_may_want_no_connections_kept() -> Result<()> {
     };
     let refused = ask(json!({ "exit": true })).err().context("it was dumped")?;
     ensure!(format!("{refused}").contains("Connected TCP socket"), "{refused}");
-    goes_on(&mut client).context("after a refused dump")?;
+    client.goes_on().context("after a refused dump")?;
     ensure!(bed.tables()?.trim().is_empty(), "{}", bed.tables()?);
     bed.host.run(&format!("rm -rf {IMAGES}"))?;
     // Who asks for it has them.
     ask(json!({ "open_tcp": true }))?;
-    goes_on(&mut client).context("after a dump")?;
+    client.goes_on().context("after a dump")?;
     client.stop()?;
     bed.end(&shim, "s")
 }
@@ -226,7 +185,7 @@ fn a_dump_that_fails_leaves_the_container_running_and_its_client_connected() -> 
     let failed = shim.task.call_for::<api::Empty>("Checkpoint", &request, Duration::from_secs(60));
     let failed = failed.err().context("it was dumped")?;
     ensure!(format!("{failed}").contains("dump failed"), "{failed}");
-    goes_on(&mut client)?;
+    client.goes_on()?;
     ensure!(bed.tables()?.trim().is_empty(), "{}", bed.tables()?);
     client.stop()?;
     bed.end(&shim, "s")

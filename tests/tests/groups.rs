@@ -85,19 +85,42 @@ fn a_group_whose_shim_dies_is_cleaned_up_as_a_whole() -> Result<()> {
     Ok(())
 }
 
+/// Has a host's runc do `first` before what it is asked for.
+fn wrap_runc(host: &Host, first: &str) -> Result<()> {
+    // What is there may be a link: it goes first, since from out here it leads elsewhere.
+    let runc = host.run("readlink -f $(command -v runc); rm -f /usr/local/sbin/runc")?.stdout;
+    let script = format!("#!/bin/sh\n{first}\nexec {} \"$@\"\n", runc.trim());
+    std::fs::write(host.root().join("usr/local/sbin/runc"), script)?;
+    host.run("chmod +x /usr/local/sbin/runc").map(drop)
+}
+
+/// The reference gives up: the freezer of a busy machine may take longer than runc waits for it.
+#[test]
+fn a_freeze_that_fails_is_tried_again() -> Result<()> {
+    let lab = task_lab()?;
+    let host = lab.host("a");
+    wrap_runc(
+        host,
+        "case \"$*\" in *pause*) echo x >>/tmp/asked; [ $(wc -l </tmp/asked) -gt $(cat /tmp/fails) ] || \
+         { echo 'unable to freeze' >&2; exit 1; } ;; esac",
+    )?;
+    start(host, FERRY, "", "t", IDLE)?;
+    host.run("echo 2 >/tmp/fails; ctr task pause t")?;
+    assert_eq!(status(host, "t")?, "PAUSED");
+    host.run("ctr task resume t; rm /tmp/asked; echo 9 >/tmp/fails")?;
+    let refused = host.output("ctr task pause t")?;
+    ensure!(refused.stderr.contains("unable to freeze"), "{refused}");
+    assert_eq!(status(host, "t")?, "RUNNING");
+    assert_eq!(host.run("wc -l </tmp/asked")?.stdout.trim(), "3");
+    remove(host, "t")?;
+    assert_nothing_left(host)
+}
+
 #[test]
 fn what_takes_long_for_one_container_does_not_hold_up_another() -> Result<()> {
     let lab = task_lab()?;
     let host = lab.host("a");
-    // A runc that takes its time for one container. What is there may be a link: it goes first, since
-    // from out here it leads elsewhere.
-    let runc = host.run("readlink -f $(command -v runc); rm -f /usr/local/sbin/runc")?.stdout;
-    let slow = format!(
-        "#!/bin/sh\ncase \"$*\" in *pause*slow*) sleep 5 ;; esac\nexec {} \"$@\"\n",
-        runc.trim()
-    );
-    std::fs::write(host.root().join("usr/local/sbin/runc"), slow)?;
-    host.run("chmod +x /usr/local/sbin/runc")?;
+    wrap_runc(host, "case \"$*\" in *pause*slow*) sleep 5 ;; esac")?;
     for runtime in RUNTIMES {
         for id in ["slow", "quick"] {
             start(host, runtime, GROUP, id, IDLE)?;

@@ -3,10 +3,11 @@
 use std::io::Write;
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::ctr::{BUSYBOX, RUNTIMES, SOON, assert_prints_nothing, until, wait_for};
+use ferry_tests::counter::Counter;
+use ferry_tests::ctr::{BUSYBOX, RUNTIMES, SOON, assert_prints_nothing, wait_for};
 use ferry_tests::layers::{CNI, NERDCTL};
 use ferry_tests::versions::task_lab_over;
-use ferry_tests::{Host, Job, Lab, skip};
+use ferry_tests::{Host, Lab, skip};
 
 const REDIS: &str = "docker.io/library/redis:latest";
 /// Ends with 3 when it is told to.
@@ -239,23 +240,6 @@ fn services_of_a_compose_file_come_up_and_go_down() -> Result<()> {
     Ok(())
 }
 
-/// Has redis count, and says what it has come to.
-const COUNTER: &str = "import socket, sys
-server = socket.create_connection((sys.argv[1], 6379))
-server.settimeout(0.2)
-while True:
-    server.sendall(b'INCR count\\r\\n')
-    answer = b''
-    while not answer.endswith(b'\\n'):
-        try:
-            part = server.recv(64)
-            assert part, 'the server has ended'
-            answer += part
-        except TimeoutError:
-            pass
-    print(answer[1:].decode().strip(), flush=True)
-";
-
 /// With ferry in place of the reference, which nerdctl asks for more than another runtime. The reference
 /// itself cannot restore a connection.
 #[test]
@@ -263,32 +247,21 @@ fn a_container_is_started_from_its_checkpoint_and_its_client_goes_on() -> Result
     let Some(lab) = lab()? else { return Ok(()) };
     let host = lab.host("a");
     host.run("ln -s containerd-shim-ferry-v2 /usr/local/bin/containerd-shim-runc-v2")?;
-    std::fs::write(lab.client().root().join("tmp/counter.py"), COUNTER)?;
     nerdctl(
         host,
         &format!("run -d --name store --net host {REDIS} redis-server --protected-mode no"),
     )?;
     wait_for(host, "nerdctl exec store redis-cli ping", "PONG")?;
-    let counter = format!("exec python3 /tmp/counter.py {}", host.address());
-    let mut client = lab.client().spawn(&counter)?;
-    client.wait_for("20\n", SOON)?;
-    let goes_on = |client: &mut Job| {
-        let before = client.stdout().lines().count();
-        until("the client goes on", || {
-            ensure!(!client.ended()?, "the client has ended: {}", client.stderr());
-            Ok(client.stdout().lines().count() > before + 20)
-        })
-    };
-
+    let mut client = Counter::start(lab.client(), host, 6379, "INCR count")?;
     // It stays, and so do its connections.
     nerdctl(host, "checkpoint create --leave-running store running")?;
-    goes_on(&mut client)?;
+    client.goes_on()?;
     nerdctl(host, "checkpoint create store ended")?;
     wait_for(host, "nerdctl ps -a", "Exited (137)")?;
     let listed = nerdctl(host, "checkpoint ls store")?;
     ensure!(listed.contains("running") && listed.contains("ended"), "{listed}");
     nerdctl(host, "start --checkpoint ended store")?;
-    goes_on(&mut client)?;
+    client.goes_on()?;
     let counted = nerdctl(host, "exec store redis-cli get count")?;
     ensure!(counted.trim().parse::<usize>()? > 40, "{counted}");
     let tables = host.run("nft list tables")?.stdout;

@@ -74,11 +74,9 @@ impl Container {
             return;
         }
         let thaw = move || Freezer::of(snapshot.pid)?.thaw(FREEZER);
-        match tokio::task::spawn_blocking(thaw).await {
-            // It has ended meanwhile.
-            Ok(Err(err)) => debug!("thaw a killed container: {err}"),
-            Err(err) => debug!("thaw a killed container: {err}"),
-            Ok(Ok(())) => {}
+        // With runc it has been thawed, and may have ended.
+        if let Ok(Err(err)) = tokio::task::spawn_blocking(thaw).await {
+            debug!("thaw a killed container: {err}");
         }
     }
 

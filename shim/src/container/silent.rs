@@ -82,8 +82,8 @@ impl Container {
         blocking(lock).await?
     }
 
-    /// Sees to it that the connections in `images` are silent while they are restored, on this host
-    /// or another. What has to be unlocked afterwards.
+    /// Sees to it that the connections in `images` are silent while they are restored, whatever is left
+    /// of the time of their lock. What has to be unlocked afterwards.
     pub(super) async fn stay_silent(&self, images: &Path) -> Result<Option<Silent>> {
         let record = DumpRecord::read(images).context("read the images")?;
         let Some(locked) = record.and_then(|record| record.options.locked) else {

@@ -102,7 +102,7 @@ fn more_tasks(hand: &ByHand<'_>, shim: &Shim) -> Result<Answers> {
     );
     ask(shim, "Pause", "paused", "");
     asker.note("Kill", "paused, KILL", short(shim.kill("paused", "", SIGKILL)));
-    if !can_checkpoint()? && !shim.bundle.ends_with("ferry-v2") {
+    if !can_checkpoint()? && !is_ferry(shim) {
         // The reference leaves it to the runtime to thaw what it kills, and crun does not.
         ask(shim, "Resume", "paused", "");
     }
@@ -260,11 +260,16 @@ fn wrong(hand: &ByHand<'_>, shim: &Shim) -> Result<Answers> {
     Ok(asker.answers)
 }
 
+/// Its first container is called as the shim is.
+fn is_ferry(shim: &Shim) -> bool {
+    shim.bundle.ends_with("ferry-v2")
+}
+
 /// With no container left, Shutdown ends the shim and its socket is gone.
 fn end(hand: &ByHand<'_>, shim: &Shim) -> Result<()> {
     let answer = ask(shim, "Shutdown", "", "");
     // The newest reference may be gone before it has answered.
-    let gone = answer == "connection lost" && !shim.bundle.ends_with("ferry-v2");
+    let gone = answer == "connection lost" && !is_ferry(shim);
     ensure!(answer == "ok" || gone, "Shutdown without a container: {answer}");
     hand.host.wait_until("the shim has ended", |h| {
         h.output(&format!("test -e /proc/{}", shim.pid)).is_ok_and(|o| !o.status.success())
