@@ -16,7 +16,7 @@ use crate::migrate::{self, Options, guard};
 use crate::network::address::Cidr;
 use crate::transport::{Destination, unix};
 use crate::wire::messages::ContainerdAddress;
-use crate::{agent, pages, status};
+use crate::{agent, checkpoint, pages, status};
 
 /// Moves running containers between containerd hosts while their clients stay connected.
 #[derive(Debug, Parser)]
@@ -83,6 +83,62 @@ enum Command {
         /// Show the plan, change nothing
         #[arg(long)]
         dry_run: bool,
+        /// Command that starts ferry on the other host, over ssh
+        #[arg(long, default_value = "ferry")]
+        remote_ferry: String,
+    },
+    /// Make an image of a running container
+    ///
+    /// The image has its memory, its changed files and its settings, and stays in containerd. The
+    /// container stands still for the dump alone. Prints the name of the image.
+    Checkpoint {
+        /// Container id
+        container: String,
+        /// Name of the image, if not one made of the container's and the time
+        #[arg(value_name = "REF")]
+        name: Option<String>,
+        /// End the container when the checkpoint is complete. Its TCP clients stay connected until it
+        /// is restored, for an hour at most
+        #[arg(long)]
+        exit: bool,
+        /// Keep unix sockets whose other end is outside the container
+        #[arg(long)]
+        external_unix_sockets: bool,
+    },
+    /// Bring a container back from a checkpoint
+    ///
+    /// A container that is here is restored as its record says; any other is made from the checkpoint.
+    Restore {
+        /// Name of the checkpoint's image
+        #[arg(value_name = "REF")]
+        name: String,
+        /// Id of the container, if not that of the one that was checkpointed
+        #[arg(long)]
+        id: Option<String>,
+        /// The address that the clients use, with its prefix length, to be brought to this host
+        #[arg(long, value_name = "ADDRESS/PREFIX")]
+        ip: Option<Cidr>,
+        /// What the checkpoint of a container that is not here may ask of this host; may be given
+        /// several times
+        #[arg(long, value_enum, value_name = "WHAT")]
+        allow: Vec<checkpoint::Allowed>,
+    },
+    /// Remove a checkpoint and let its TCP clients go
+    Discard {
+        /// Name of the checkpoint's image, or id of a lock on connections
+        #[arg(value_name = "REF")]
+        name: String,
+    },
+    /// Copy an image or a checkpoint to another host, without a registry
+    ///
+    /// Only what is missing there goes. After a failure it goes on where it broke off.
+    Push {
+        /// Name of the image
+        #[arg(value_name = "REF")]
+        name: String,
+        /// Where to: `ssh://[user@]host[:port]`, or `unix:///path` where `ferry agent --listen` waits
+        #[arg(long)]
+        to: String,
         /// Command that starts ferry on the other host, over ssh
         #[arg(long, default_value = "ferry")]
         remote_ferry: String,
@@ -195,6 +251,30 @@ impl Args {
             }
             Command::Recover { container, thaw, end: _ } => {
                 migrate::settle::recover(&containerd, &container, thaw).await
+            }
+            Command::Checkpoint { container, name, exit, external_unix_sockets } => {
+                let json = self.json;
+                checkpoint::create(checkpoint::CreateOptions {
+                    container,
+                    name,
+                    exit,
+                    external_unix_sockets,
+                    containerd,
+                    json,
+                })
+                .await
+            }
+            Command::Restore { name, id, ip, allow: allowed } => {
+                let json = self.json;
+                let options =
+                    checkpoint::RestoreOptions { name, id, ip, allowed, containerd, json };
+                checkpoint::restore(options).await
+            }
+            Command::Discard { name } => checkpoint::discard(&containerd, &name).await,
+            Command::Push { name, to, remote_ferry } => {
+                let to = to.parse().map_err(|e| anyhow::anyhow!("--to: {e}"))?;
+                let agent = format!("{remote_ferry} agent --stdio");
+                checkpoint::push(&containerd, &name, &to, &agent, self.json).await
             }
             Command::Pages { .. } | Command::QuotaGuard { .. } => Ok(()),
             Command::Migrate {

@@ -2,6 +2,7 @@
 
 mod agent;
 mod args;
+mod checkpoint;
 mod containerd;
 mod describe;
 mod lock;

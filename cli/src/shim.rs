@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
 use ferry_oci::api::ferry::{
-    CommitRequest, DescribeRequest, Description, DumpResponse, FreezeRequest, FreezeResponse,
-    MigrationRequest, PrepareDumpRequest, PrepareDumpResponse, ReleaseResponse, RestoreRequest,
-    RestoreResponse,
+    CheckpointRequest, CheckpointResponse, CommitRequest, DescribeRequest, Description,
+    DumpResponse, FreezeRequest, FreezeResponse, MigrationRequest, PrepareDumpRequest,
+    PrepareDumpResponse, ReleaseResponse, RestoreRequest, RestoreResponse,
 };
 use ferry_oci::api::ferry_ttrpc::FerryClient;
 use ferry_oci::fast::Fast;
@@ -129,6 +129,27 @@ impl Shim {
     /// With CRIU's first error; the container is still frozen then.
     pub(crate) async fn dump(&self, migration: &str, limit: Duration) -> Result<DumpResponse> {
         text(self.client.dump(within(limit), &self.request(migration)).await)
+    }
+
+    /// Dumps the frozen container as a checkpoint to keep.
+    ///
+    /// # Errors
+    /// With CRIU's first error; the container is still frozen then.
+    pub(crate) async fn checkpoint(
+        &self,
+        request: CheckpointRequest,
+        limit: Duration,
+    ) -> Result<CheckpointResponse> {
+        let request = CheckpointRequest { id: self.id.clone(), ..request };
+        text(self.client.checkpoint(within(limit), &request).await)
+    }
+
+    /// Ends a container that was checkpointed with `exit`.
+    ///
+    /// # Errors
+    /// Before the checkpoint, or when its tasks do not end.
+    pub(crate) async fn end(&self, migration: &str) -> Result<()> {
+        text(self.client.end(within(SLOW), &self.request(migration)).await).map(drop)
     }
 
     /// Gives the container back.

@@ -15,6 +15,7 @@ pub mod freezer;
 pub mod hierarchies;
 pub mod layer;
 pub mod netns;
+pub mod overlay;
 pub mod pages;
 pub mod paths;
 pub mod quarantine;

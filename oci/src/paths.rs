@@ -84,3 +84,26 @@ pub fn is_migration_id(id: &str) -> bool {
     (8..=64).contains(&id.len())
         && id.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
 }
+
+/// Whether `name` is one of a file of a checkpoint, and stays in its folder.
+pub fn is_plain_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() < 256
+        && !name.starts_with('.')
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_plain_name;
+
+    #[test]
+    fn names_of_images_stay_in_their_folder() {
+        for good in ["pages-1.img", "descriptors.json", "tmpfs-dev-42.tar.gz.img"] {
+            assert!(is_plain_name(good), "{good}");
+        }
+        for bad in ["", ".", "..", "../x", "a/b", ".hidden", "a\0b"] {
+            assert!(!is_plain_name(bad), "{bad}");
+        }
+    }
+}

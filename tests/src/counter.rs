@@ -38,9 +38,16 @@ impl Counter {
     /// # Errors
     /// When it is not answered.
     pub fn start(client: &Host, server: &Host, port: u16, question: &str) -> Result<Self> {
+        Self::start_at(client, &server.address().to_string(), port, question)
+    }
+
+    /// [`Self::start`] with any address of the server.
+    ///
+    /// # Errors
+    /// When it is not answered.
+    pub fn start_at(client: &Host, to: &str, port: u16, question: &str) -> Result<Self> {
         let script = client.root().join("tmp/counter.py");
         std::fs::write(script, SCRIPT).context("write the client")?;
-        let to = server.address();
         let job =
             client.spawn(&format!("exec python3 /tmp/counter.py {to} {port} '{question}'"))?;
         let mut counter = Self(job);

@@ -192,6 +192,7 @@ pub fn traces(host: &Host) -> Result<Vec<String>> {
         find /sys/fs/cgroup -type d -path '*/default/*' | sed 's/^/cgroup /'
         awk '{print "mount", $2}' /proc/mounts
         find /run/ferry -type f ! -name epoch 2>/dev/null | sed 's/^/file /'
+        find /var/lib/ferry -mindepth 2 2>/dev/null | sed 's/^/file /'
         find /run/ferry/images -mindepth 1 2>/dev/null | sed 's/^/image file /'
         ls /run/ferry/s 2>/dev/null | sed 's/.*/socket of a shim/'
         ls /run/containerd/runc/default 2>/dev/null | sed 's/^/runc state /'

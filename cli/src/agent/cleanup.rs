@@ -14,7 +14,7 @@ use crate::network::address::{self, Cidr};
 ///
 /// # Errors
 /// With everything that went wrong.
-pub(super) async fn remove(store: &Store, ip: Option<Cidr>) -> Result<()> {
+pub(crate) async fn remove(store: &Store, ip: Option<Cidr>) -> Result<()> {
     let migration = store.migration();
     let mut errors: Vec<String> = store.cleanup().await.iter().map(ToString::to_string).collect();
     // A task that cannot be ended may still run: it keeps its address.
@@ -41,7 +41,7 @@ pub(super) async fn remove(store: &Store, ip: Option<Cidr>) -> Result<()> {
 ///
 /// # Errors
 /// When containerd refuses; can be repeated then.
-pub(super) async fn keep(store: &Store) -> Result<()> {
+pub(crate) async fn keep(store: &Store) -> Result<()> {
     let errors: Vec<String> = store.keep().await.iter().map(ToString::to_string).collect();
     if !errors.is_empty() {
         bail!("{}", errors.join("; "));

@@ -18,6 +18,7 @@ use ferry_oci::announce::Announcement;
 use ferry_oci::criu::RESTORE_GATE;
 use ferry_oci::fast::Fast;
 use ferry_oci::pages::patch;
+use ferry_oci::paths::is_plain_name;
 use ferry_oci::quarantine::How;
 use ferry_oci::{layer, paths, warm};
 
@@ -438,27 +439,4 @@ impl Destination {
 
 fn micros(start: Instant) -> u64 {
     u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX)
-}
-
-/// A name that stays in its folder.
-fn is_plain_name(name: &str) -> bool {
-    !name.is_empty()
-        && name.len() < 256
-        && !name.starts_with('.')
-        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::is_plain_name;
-
-    #[test]
-    fn names_of_images_stay_in_their_folder() {
-        for good in ["pages-1.img", "descriptors.json", "tmpfs-dev-42.tar.gz.img"] {
-            assert!(is_plain_name(good), "{good}");
-        }
-        for bad in ["", ".", "..", "../x", "a/b", ".hidden", "a\0b"] {
-            assert!(!is_plain_name(bad), "{bad}");
-        }
-    }
 }

@@ -81,6 +81,7 @@ fn announces_stream(request: &Request) -> bool {
     matches!(
         request,
         Request::PutBlob(_)
+            | Request::BlobRest
             | Request::PutLayer
             | Request::Pages
             | Request::PutKnown

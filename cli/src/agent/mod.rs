@@ -8,6 +8,7 @@ mod destination;
 mod incoming;
 pub(crate) mod listen;
 mod memory;
+mod push;
 mod settle;
 
 use std::time::Duration;
@@ -24,6 +25,7 @@ use crate::wire::codec::{self, Frame, MAX_DATA};
 use crate::wire::messages::{ContainerdAddress, Reply, Request};
 use destination::Destination;
 use incoming::Incoming;
+use push::Push;
 
 /// How long the driver's host may be silent. ssh there gives up after 15 s.
 const DRIVER: Duration = Duration::from_secs(20);
@@ -33,6 +35,7 @@ struct Agent {
     address: ContainerdAddress,
     containerd: Containerd,
     migration: Option<Destination>,
+    push: Option<Push>,
     /// What goes out as a stream before the next reply.
     outgoing: Option<Vec<u8>>,
 }
@@ -110,6 +113,7 @@ async fn answer(
                 address: containerd,
                 containerd: client,
                 migration: None,
+                push: None,
                 outgoing: None,
             });
         }
@@ -142,6 +146,13 @@ impl Agent {
                 self.migration = Some(begun);
                 Ok(Reply::Begun { epoch: settle::epoch()? })
             }
+            Request::BeginPush { push } => {
+                if self.push.is_some() || self.migration.is_some() {
+                    bail!("this agent serves something already");
+                }
+                self.push = Some(Push::begin(&self.containerd, &push).await?);
+                Ok(Reply::Done)
+            }
             Request::Settle { migration, container, ip, epoch } => {
                 let question = settle::Question { migration, container, ip, epoch };
                 let outcome = settle::settle(&self.containerd, &self.address, &question).await?;
@@ -151,6 +162,11 @@ impl Agent {
                 if let Some(migration) = self.migration.take() {
                     migration.abort().await?;
                 }
+                Ok(Reply::Done)
+            }
+            Request::Finish { migration } if self.push.is_some() => {
+                let push = self.push.take().filter(|push| push.is(&migration));
+                push.with_context(|| format!("{migration} has not begun here"))?.finish().await?;
                 Ok(Reply::Done)
             }
             Request::Finish { migration } => {
@@ -164,6 +180,10 @@ impl Agent {
                 let migration = self.migration.as_mut().context("no migration has begun")?;
                 self.outgoing = Some(migration.page_hashes()?);
                 Ok(Reply::Done)
+            }
+            other if self.push.is_some() => {
+                let push = self.push.as_mut().context("no push has begun")?;
+                push.answer(input, other).await
             }
             other => {
                 let migration = self.migration.as_mut().context("no migration has begun")?;

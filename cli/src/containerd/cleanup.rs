@@ -51,7 +51,7 @@ impl Destination {
             };
             let others: Vec<&str> = owners.split(',').filter(|o| *o != self.migration).collect();
             errors.take(match others.is_empty() {
-                true => self.plain.delete_image(&image.name).await,
+                true => self.plain.delete_image(&image.name, false).await,
                 false => self.plain.label_image(&image, LABEL, &others.join(",")).await,
             });
         }

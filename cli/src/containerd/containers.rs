@@ -105,6 +105,20 @@ impl Containerd {
         answer.doing(|| format!("delete container {id}")).found().map(drop)
     }
 
+    /// Gives a container another snapshot.
+    ///
+    /// # Errors
+    /// [`Error::Call`].
+    pub(crate) async fn set_snapshot(&self, id: &str, key: &str) -> Result<()> {
+        let container =
+            Container { id: id.to_owned(), snapshot_key: key.to_owned(), ..Default::default() };
+        let mask = FieldMask { paths: vec!["snapshotkey".to_owned()] };
+        let request =
+            UpdateContainerRequest { container: Some(container), update_mask: Some(mask) };
+        let answer = self.containers().update(self.request(request, QUICK)).await;
+        answer.doing(|| format!("give container {id} its snapshot")).map(drop)
+    }
+
     /// Removes one label of a container.
     pub(super) async fn unlabel_container(&self, id: &str, label: &str) -> Result<()> {
         let container = Container { id: id.to_owned(), ..Default::default() };

@@ -13,7 +13,7 @@ use prost_types::FieldMask;
 use serde::{Deserialize, Serialize};
 
 use super::LABEL;
-use super::client::{Containerd, Destination, MAX_MESSAGE, QUICK};
+use super::client::{Containerd, Destination, MAX_MESSAGE, QUICK, SLOW};
 use super::content::Descriptor;
 use super::error::{Doing, Error, Found, Result};
 
@@ -50,13 +50,13 @@ impl Containerd {
     }
 
     /// Deletes the name `name` of an image; its content goes with the next garbage collection when
-    /// nothing else refers to it. A name that is not there is fine.
+    /// nothing else refers to it, with `sync` before this returns. A name that is not there is fine.
     ///
     /// # Errors
     /// [`Error::Call`].
-    pub(crate) async fn delete_image(&self, name: &str) -> Result<()> {
-        let request = DeleteImageRequest { name: name.to_owned(), sync: false, target: None };
-        let answer = self.images().delete(self.request(request, QUICK)).await;
+    pub(crate) async fn delete_image(&self, name: &str, sync: bool) -> Result<()> {
+        let request = DeleteImageRequest { name: name.to_owned(), sync, target: None };
+        let answer = self.images().delete(self.request(request, SLOW)).await;
         answer.doing(|| format!("delete image {name}")).found().map(drop)
     }
 
@@ -89,6 +89,24 @@ impl Containerd {
 }
 
 impl Destination {
+    /// Creates the image of a checkpoint, marked as this one's until it is kept.
+    ///
+    /// # Errors
+    /// [`Error::Call`]; ALREADY_EXISTS when the name is taken.
+    pub(crate) async fn create_checkpoint(
+        &self,
+        name: &str,
+        target: &Descriptor,
+        labels: &BTreeMap<String, String>,
+    ) -> Result<()> {
+        let mut labels = labels.clone();
+        labels.insert(LABEL.to_owned(), self.migration.clone());
+        let image = Image { name: name.to_owned(), target: target.clone(), labels };
+        let request = CreateImageRequest { image: Some(image.into()), source_date_epoch: None };
+        let answer = self.leased.images().create(self.leased.request(request, QUICK)).await;
+        answer.doing(|| format!("create image {name}")).map(drop)
+    }
+
     /// Gives `target`, whose blobs must all be here, the name `name`; when another image has it,
     /// `name@digest` instead.
     ///

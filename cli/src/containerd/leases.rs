@@ -71,7 +71,7 @@ impl Containerd {
 }
 
 /// A time as `2026-11-21T03:10:27Z`. Times before 1970 count as 1970.
-fn rfc3339(time: SystemTime) -> String {
+pub(crate) fn rfc3339(time: SystemTime) -> String {
     let seconds = time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let (days, second) = (seconds / 86400, seconds % 86400);
     // Days are counted from 1 March of the year 0, so that the leap day is the last of its year; 400

@@ -102,7 +102,7 @@ async fn a_kept_container_survives_the_collector_and_can_be_retired() {
     let image = hosts.b.container(ID).await.unwrap().unwrap().image;
     hosts.b.delete_source(ID).await.unwrap();
     hosts.b.delete_source(ID).await.unwrap();
-    hosts.b.delete_image(&image).await.unwrap();
+    hosts.b.delete_image(&image, false).await.unwrap();
     collect(&hosts.b).await;
     assert_eq!(state(&hosts.b).await, before);
 }

@@ -203,7 +203,7 @@ impl Containerd {
 }
 
 /// This host's architecture in the words of OCI images.
-fn architecture() -> &'static str {
+pub(crate) fn architecture() -> &'static str {
     match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",

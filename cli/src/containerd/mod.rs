@@ -24,6 +24,7 @@ mod cleanup;
 mod client;
 mod containers;
 mod content;
+mod diff;
 mod error;
 mod images;
 mod leases;
@@ -40,9 +41,10 @@ pub(crate) use containers::{ContainerRecord, TypedBytes};
 pub(crate) use content::{Blob, BlobReader, Descriptor};
 pub(crate) use error::{Error, Result};
 pub(crate) use images::{Image, ImageName};
-pub(crate) use manifests::ImageContent;
+pub(crate) use leases::rfc3339;
+pub(crate) use manifests::{ImageContent, architecture};
 pub(crate) use snapshots::{Mount, SnapshotInfo, SnapshotKind, WritableLayer};
-pub(crate) use tasks::{Stdio, Task, TaskStatus};
+pub(crate) use tasks::{CheckpointOptions, Stdio, Task, TaskStatus};
 pub(crate) use upload::BlobWriter;
 
 /// Marks what a migration has created; its value is the migration's id.

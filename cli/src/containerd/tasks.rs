@@ -4,10 +4,12 @@ use std::time::Duration;
 
 use containerd_client::services::v1::tasks_client::TasksClient;
 use containerd_client::services::v1::{
-    CreateTaskRequest, DeleteTaskRequest, GetRequest, KillRequest, StartRequest,
+    CheckpointTaskRequest, CreateTaskRequest, DeleteTaskRequest, GetRequest, KillRequest,
+    StartRequest,
 };
 use containerd_client::tonic::transport::Channel;
 use containerd_client::types::v1::Status;
+use prost::Message as _;
 use prost_types::Any;
 use serde::{Deserialize, Serialize};
 
@@ -19,11 +21,52 @@ use super::{Mount, TypedBytes};
 const RUNC_OPTIONS: &str = "containerd.runc.v1.Options";
 /// Field `criu_image_path` of [`RUNC_OPTIONS`] as a key on the wire: field 10, length-delimited.
 const CRIU_IMAGE_PATH: u8 = 10 << 3 | 2;
+/// Type of the options of a checkpoint.
+const CHECKPOINT_OPTIONS: &str = "containerd.runc.v1.CheckpointOptions";
 /// How often a task is looked at that should end.
 const POLL: Duration = Duration::from_millis(50);
 
 /// How long containerd may take to clean up after a shim; it gives up after 5 s.
 const CLEANUP: Duration = Duration::from_secs(8);
+
+/// What the Task API can say of a checkpoint; field by field those of containerd.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub(crate) struct CheckpointOptions {
+    /// End the task with it.
+    #[prost(bool, tag = "1")]
+    pub(crate) exit: bool,
+    /// Keep TCP connections, whatever the container says.
+    #[prost(bool, tag = "2")]
+    pub(crate) open_tcp: bool,
+    /// Unix sockets may have their other end outside.
+    #[prost(bool, tag = "3")]
+    pub(crate) external_unix_sockets: bool,
+    /// There is a terminal.
+    #[prost(bool, tag = "4")]
+    pub(crate) terminal: bool,
+    /// Keep file locks.
+    #[prost(bool, tag = "5")]
+    pub(crate) file_locks: bool,
+    /// Namespaces that are restored empty.
+    #[prost(string, repeated, tag = "6")]
+    pub(crate) empty_namespaces: Vec<String>,
+    /// How CRIU treats cgroups.
+    #[prost(string, tag = "7")]
+    pub(crate) cgroups_mode: String,
+    /// Where the images go; if empty, containerd makes a blob of them.
+    #[prost(string, tag = "8")]
+    pub(crate) image_path: String,
+    /// Where CRIU's log and statistics go.
+    #[prost(string, tag = "9")]
+    pub(crate) work_path: String,
+}
+
+impl CheckpointOptions {
+    /// With the name of their type, as containerd keeps them in a checkpoint.
+    pub(crate) fn to_any(&self) -> Any {
+        Any { type_url: CHECKPOINT_OPTIONS.to_owned(), value: self.encode_to_vec() }
+    }
+}
 
 /// What a task is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,6 +142,24 @@ impl Containerd {
         let request = DeleteTaskRequest { container_id: id.to_owned() };
         let answer = self.tasks().delete(self.request(request, SLOW)).await;
         answer.doing(|| format!("delete the task of container {id}")).found().map(drop)
+    }
+
+    /// Checkpoints a task as [`CheckpointOptions`] say, which name where the images go.
+    ///
+    /// # Errors
+    /// [`Error::Call`] with CRIU's first error.
+    pub(crate) async fn checkpoint_task(
+        &self,
+        id: &str,
+        options: &CheckpointOptions,
+    ) -> Result<()> {
+        let request = CheckpointTaskRequest {
+            container_id: id.to_owned(),
+            parent_checkpoint: String::new(),
+            options: Some(options.to_any()),
+        };
+        let answer = self.tasks().checkpoint(self.request(request, SLOW)).await;
+        answer.doing(|| format!("checkpoint container {id}")).map(drop)
     }
 
     /// Sends SIGKILL to every process of the task; one that is not there is fine.

@@ -534,7 +534,7 @@ fn show_report(report: &Report, json: bool) -> Result<()> {
 }
 
 /// An id that is unique among the migrations of both hosts.
-fn new_id() -> String {
+pub(crate) fn new_id() -> String {
     let since =
         std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     format!("m{:x}-{:x}", since.as_micros(), std::process::id())

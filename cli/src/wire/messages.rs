@@ -33,6 +33,17 @@ pub(crate) enum Request {
         /// Container id.
         container: String,
     },
+    /// Starts to take an image, with nothing to be run. What has come is kept when the connection ends.
+    BeginPush {
+        /// The same for each attempt at the same image.
+        push: String,
+    },
+    /// Starts to write a blob, where an earlier attempt has left off.
+    OpenBlob(Blob),
+    /// What is missing of that blob follows as a stream.
+    BlobRest,
+    /// Gives an image its name, when all of its blobs are there.
+    NameImage(NewImage),
     /// Which of these blobs are not in the content store.
     MissingBlobs(Vec<Blob>),
     /// One blob; its bytes follow as a stream.
@@ -125,6 +136,17 @@ pub(crate) struct ImageSpec {
     pub(crate) chain: String,
 }
 
+/// An image to name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct NewImage {
+    /// Its name.
+    pub(crate) name: String,
+    /// What the name stands for.
+    pub(crate) target: Descriptor,
+    /// Labels of the image record.
+    pub(crate) labels: BTreeMap<String, String>,
+}
+
 /// A container to create.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct NewContainer {
@@ -172,6 +194,11 @@ pub(crate) enum Reply {
     Room(RoomFacts),
     /// To `MissingBlobs`.
     Missing(Vec<Blob>),
+    /// To `OpenBlob`; `Done` if the blob is there.
+    BlobAt {
+        /// How many of its bytes are there.
+        offset: u64,
+    },
     /// To `Begin`.
     Begun {
         /// Differs after every start of this host.

@@ -142,7 +142,8 @@ impl DumpRecord {
         Self::parse(&std::fs::read(&path)?).map(Some)
     }
 
-    fn parse(text: &[u8]) -> Result<Self, RecordError> {
+    /// Decodes a record.
+    pub fn parse(text: &[u8]) -> Result<Self, RecordError> {
         #[derive(Deserialize)]
         struct Version {
             version: u32,

@@ -76,8 +76,8 @@ impl Container {
         done
     }
 
-    /// What a dump through the Task API does.
-    fn dump_options(&self, options: CheckpointOptions) -> Result<DumpOptions> {
+    /// What a dump with these options does.
+    pub(crate) fn dump_options(&self, options: CheckpointOptions) -> Result<DumpOptions> {
         let spec = self.spec()?;
         let annotations = spec.annotations().as_ref();
         let open_tcp = annotations.and_then(|all| all.get(OPEN_TCP)).map(String::as_str);
@@ -103,7 +103,7 @@ impl Container {
                 .context(format!("make the folder {}", folder.display()))?;
         }
         let silent = match params.leave_running {
-            true => None,
+            true => self.stand_still().await?,
             false => self.fall_silent(&mut params.options).await?,
         };
         if let Err(err) = self.dump(&params).await {
@@ -114,7 +114,14 @@ impl Container {
             return Err(err);
         }
         let criu = criu::version(&params.work.join(LOG)).ok().flatten();
-        self.write_record(&params, criu.unwrap_or_default()).await?;
+        let written = self.write_record(&params, criu.unwrap_or_default()).await;
+        // What has ended stays silent.
+        if params.leave_running
+            && let Some(silent) = silent
+        {
+            silent.speak().await;
+        }
+        written?;
         self.checkpointed(&params.images);
         Ok(())
     }

@@ -24,6 +24,7 @@ pub(crate) use exec::{Exec, ExecRequest};
 pub(crate) use network::Network;
 pub(crate) use prepared::{Extras, PreparedDump, PreparedRestore};
 pub(crate) use restore::{Held, HoldParams, RestoreParams};
+pub(crate) use silent::Silent;
 
 use crate::cgroup::{Cgroup, oom};
 use crate::error::{Context as _, Error, Result};

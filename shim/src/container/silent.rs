@@ -26,7 +26,7 @@ const RESTORE: Duration = Duration::from_secs(900);
 const FREEZER: Duration = Duration::from_secs(10);
 
 /// A container that stands still with its connections locked.
-pub(super) struct Silent {
+pub(crate) struct Silent {
     freezer: Option<Freezer>,
     lock: Option<(Arc<Netns>, String)>,
 }
@@ -34,7 +34,7 @@ pub(super) struct Silent {
 impl Container {
     /// Freezes the container, if it runs, and locks those of its connections that are in a network
     /// which outlives it. Notes in `options` what is locked.
-    pub(super) async fn fall_silent(&self, options: &mut DumpOptions) -> Result<Option<Silent>> {
+    pub(crate) async fn fall_silent(&self, options: &mut DumpOptions) -> Result<Option<Silent>> {
         if !options.tcp_established {
             return Ok(None);
         }
@@ -64,6 +64,22 @@ impl Container {
                 Err(err)
             }
         }
+    }
+
+    /// Freezes the container, if it runs. CRIU would freeze it too, and wait for ever for a program that it
+    /// has caught in the middle of a vfork.
+    pub(super) async fn stand_still(&self) -> Result<Option<Silent>> {
+        let snapshot = self.snapshot();
+        if snapshot.status != Status::Running {
+            return Ok(None);
+        }
+        let freezer = Freezer::of(snapshot.pid).context("find the freezer")?;
+        if freezer.is_frozen().context("look at the freezer")? {
+            return Ok(None);
+        }
+        let freeze = freezer.clone();
+        blocking(move || freeze.freeze(FREEZER)).await?.context("freeze the container")?;
+        Ok(Some(Silent { freezer: Some(freezer), lock: None }))
     }
 
     async fn lock_connections(&self, netns: &Arc<Netns>) -> Result<Option<Locked>> {
@@ -118,7 +134,7 @@ impl Container {
 
 impl Silent {
     /// Unlocks the connections, and lets the container run if it did.
-    pub(super) async fn speak(self) {
+    pub(crate) async fn speak(self) {
         let undo = move || {
             if let Some((netns, id)) = self.lock {
                 match netns.run(|| connections::unlock(&id)) {

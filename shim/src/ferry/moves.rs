@@ -120,6 +120,8 @@ pub(super) enum Step {
     PrepareDump,
     Freeze,
     Dump,
+    Checkpoint,
+    End,
     Thaw,
     Commit,
     Revert,
@@ -136,8 +138,9 @@ fn admit(step: Step, migration: &str, seen: &Seen) -> Result<()> {
     let legal: &[P] = match step {
         Step::PrepareDump => &[P::PHASE_NONE],
         Step::Freeze => &[P::PHASE_NONE, P::PHASE_PREPARED],
-        Step::Dump => &[P::PHASE_FROZEN],
-        Step::Thaw => &[P::PHASE_PREPARED, P::PHASE_FROZEN, P::PHASE_DUMPED],
+        Step::Dump | Step::Checkpoint => &[P::PHASE_FROZEN],
+        Step::End => &[P::PHASE_CHECKPOINTED],
+        Step::Thaw => &[P::PHASE_PREPARED, P::PHASE_FROZEN, P::PHASE_DUMPED, P::PHASE_CHECKPOINTED],
         Step::Commit => &[P::PHASE_DUMPED],
         Step::Revert => &[P::PHASE_COMMITTED],
         Step::Retire => &[P::PHASE_COMMITTED, P::PHASE_RETIRED],
@@ -170,10 +173,12 @@ fn admit(step: Step, migration: &str, seen: &Seen) -> Result<()> {
 mod tests {
     use super::*;
 
-    const STEPS: [Step; 11] = [
+    const STEPS: [Step; 13] = [
         Step::PrepareDump,
         Step::Freeze,
         Step::Dump,
+        Step::Checkpoint,
+        Step::End,
         Step::Thaw,
         Step::Commit,
         Step::Revert,
@@ -192,14 +197,15 @@ mod tests {
     #[test]
     fn each_phase_has_its_steps_and_no_others() {
         use Step::{
-            Abort, Commit, Dump, Freeze, PrepareDump, PrepareRestore, Release, Restore, Retire,
-            Revert, Thaw,
+            Abort, Checkpoint, Commit, Dump, End, Freeze, PrepareDump, PrepareRestore, Release,
+            Restore, Retire, Revert, Thaw,
         };
         let first = [PrepareDump, Freeze, PrepareRestore, Restore, Abort];
         assert_eq!(legal(Phase::PHASE_NONE), first);
         assert_eq!(legal(Phase::PHASE_PREPARED), [Freeze, Thaw]);
         assert_eq!(legal(Phase::PHASE_WAITING), [Restore, Abort]);
-        assert_eq!(legal(Phase::PHASE_FROZEN), [Dump, Thaw]);
+        assert_eq!(legal(Phase::PHASE_FROZEN), [Dump, Checkpoint, Thaw]);
+        assert_eq!(legal(Phase::PHASE_CHECKPOINTED), [End, Thaw]);
         assert_eq!(legal(Phase::PHASE_DUMPED), [Thaw, Commit]);
         assert_eq!(legal(Phase::PHASE_COMMITTED), [Revert, Retire]);
         assert_eq!(legal(Phase::PHASE_RETIRED), [Retire]);

@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use ferry_oci::api::ferry::{
-    CommitRequest, DescribeRequest, Description, DumpResponse, Empty, FreezeRequest,
-    FreezeResponse, MigrationRequest, Phase, PrepareDumpRequest, PrepareDumpResponse,
-    ReleaseResponse, RestoreRequest, RestoreResponse,
+    CheckpointRequest, CheckpointResponse, CommitRequest, DescribeRequest, Description,
+    DumpResponse, Empty, FreezeRequest, FreezeResponse, MigrationRequest, Phase,
+    PrepareDumpRequest, PrepareDumpResponse, ReleaseResponse, RestoreRequest, RestoreResponse,
 };
 use ferry_oci::api::ferry_ttrpc::Ferry;
 use ferry_oci::paths;
@@ -135,6 +135,36 @@ impl Ferry for FerryService {
             let mut side = a_move.side.lock().await;
             a_move.admit(Step::Dump, &request.migration)?;
             a_move.dump(&mut side).await
+        })
+        .await
+    }
+
+    async fn checkpoint(
+        &self,
+        _: &TtrpcContext,
+        request: CheckpointRequest,
+    ) -> ttrpc::Result<CheckpointResponse> {
+        let (_, a_move) = self.find(&request.id, &request.migration)?;
+        for path in [&request.images_path, &request.work_path] {
+            if !Path::new(path).is_absolute() {
+                return Err(Error::invalid_argument(format!("{path:?} is no absolute path")).into());
+            }
+        }
+        finish(async move {
+            let mut side = a_move.side.lock().await;
+            a_move.admit(Step::Checkpoint, &request.migration)?;
+            a_move.checkpoint(&mut side, &request).await
+        })
+        .await
+    }
+
+    async fn end(&self, _: &TtrpcContext, request: MigrationRequest) -> ttrpc::Result<Empty> {
+        let (_, a_move) = self.find(&request.id, &request.migration)?;
+        finish(async move {
+            let mut side = a_move.side.lock().await;
+            a_move.admit(Step::End, &request.migration)?;
+            a_move.end(&mut side).await?;
+            Ok(Empty::new())
         })
         .await
     }

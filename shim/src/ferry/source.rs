@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use containerd_shim::protos::shim::oci::CheckpointOptions;
 use ferry_oci::api::ferry::{
-    DumpResponse, FreezeRequest, FreezeResponse, Phase, PrepareDumpRequest, PrepareDumpResponse,
+    CheckpointRequest, CheckpointResponse, DumpResponse, FreezeRequest, FreezeResponse, Phase,
+    PrepareDumpRequest, PrepareDumpResponse,
 };
 use ferry_oci::criu::rpc::QUIET;
 use ferry_oci::criu::{DumpOptions, FastTar, Hiding, NetworkLock, RECORD_FILE, find_library};
@@ -22,7 +24,7 @@ use super::lease::Lease;
 use super::moves::{Move, Side};
 use super::netns;
 use super::ready::Ready;
-use crate::container::{CheckpointParams, Container, Extras, PreparedDump, Reservation};
+use crate::container::{CheckpointParams, Container, Extras, PreparedDump, Reservation, Silent};
 use crate::error::{Context as _, Error, Result};
 use crate::state::Status;
 
@@ -57,6 +59,8 @@ pub(super) struct AtSource {
     dump: Option<PreparedDump>,
     /// What that dump leaves out.
     tmpfs: Option<Leaving>,
+    /// Connections of a checkpoint that is to end the container.
+    silent: Option<Silent>,
     /// Written down: the destination shall run it.
     committed: bool,
     /// Keeps the Task API out; gone when the tasks have ended.
@@ -203,6 +207,7 @@ impl Move {
             fast,
             dump: None,
             tmpfs: None,
+            silent: None,
             committed: false,
             reservation: None,
             deadline: Instant::now() + limit_of(limit_s),
@@ -297,11 +302,7 @@ impl Move {
                 let done = source.container.checkpoint(params).await;
                 let _ = std::fs::remove_dir_all(source.work());
                 done?;
-                // CRIU gives the freezer back as it found it; a container that ran on since the dump
-                // must never be committed.
-                if !source.freezer.is_frozen().context("look at the freezer")? {
-                    return Err(Error::internal("the dump has thawed the container"));
-                }
+                still_frozen(source)?;
             }
         }
         self.enter(Phase::PHASE_DUMPED, &source.migration);
@@ -318,12 +319,50 @@ impl Move {
         })
     }
 
+    /// Dumps for a checkpoint to keep; the container stays frozen, whatever the outcome.
+    pub(super) async fn checkpoint(
+        &self,
+        side: &mut Side,
+        request: &CheckpointRequest,
+    ) -> Result<CheckpointResponse> {
+        let source = at_source(side)?;
+        let start = Instant::now();
+        let wanted = CheckpointOptions {
+            file_locks: request.file_locks,
+            external_unix_sockets: request.external_unix_sockets,
+            terminal: source.container.stdio().terminal,
+            ..Default::default()
+        };
+        let mut options = source.container.dump_options(wanted)?;
+        if request.exit {
+            source.silent = source.container.fall_silent(&mut options).await?;
+        }
+        let params = CheckpointParams {
+            images: request.images_path.clone().into(),
+            work: request.work_path.clone().into(),
+            // Until the caller has it safe.
+            leave_running: true,
+            options,
+            extra: Vec::new(),
+            deadline: source.deadline.saturating_duration_since(Instant::now()),
+        };
+        source.container.checkpoint(params).await?;
+        still_frozen(source)?;
+        if request.exit {
+            self.enter(Phase::PHASE_CHECKPOINTED, &source.migration);
+        }
+        Ok(CheckpointResponse { dump_us: micros(start), ..Default::default() })
+    }
+
     /// Gives the container back: thawed, unlocked, nothing left of the migration.
     pub(super) async fn thaw(&self, side: &mut Side) -> Result<()> {
         let source = at_source(side)?;
         // CRIU must have let go of the tasks before they run.
         source.end_dump().await;
         // Unlocked first, or the program would see its packets refused.
+        if let Some(silent) = source.silent.take() {
+            silent.speak().await;
+        }
         if let Some(Err(error)) = source.lock.as_ref().map(Prepared::unlock) {
             // If they are gone there is nothing to unlock; else removing them tells why.
             warn!("{error}");
@@ -379,30 +418,14 @@ impl Move {
         Record::remove(&migration).context("remove the record of the commit")
     }
 
-    /// Ends the frozen tasks. Their sockets are taken out of the protocol first, so that no peer
-    /// hears of it and no connection lingers that the same container could come back to.
+    /// Ends the frozen tasks, see [`end_tasks`].
     pub(super) async fn retire(&self, side: &mut Side) -> Result<()> {
         let source = at_source(side)?;
         if source.reservation.is_none() {
             return Ok(());
         }
         source.end_dump().await;
-        if source.container.snapshot().status != Status::Stopped {
-            let pids = source.container.pids().await?;
-            let silenced = tokio::task::spawn_blocking(move || sockets::silence(&pids))
-                .await
-                .context("silence the connections")?
-                .context("silence the connections")?;
-            source.container.kill_all().await?;
-            let freezer = source.freezer.clone();
-            let thawed = tokio::task::spawn_blocking(move || freezer.thaw(FREEZER)).await;
-            let ended = source.container.wait_exited(EXIT).await;
-            drop(silenced);
-            if let Err(error) = &ended {
-                warn!("thaw of killed tasks: {thawed:?}; {error}");
-            }
-            ended?;
-        }
+        end_tasks(source).await?;
         source.reservation = None;
         source.ready = Ready::default();
         match source.lock.take() {
@@ -416,6 +439,53 @@ impl Move {
         }
         self.enter(Phase::PHASE_RETIRED, &source.migration);
         Ok(())
+    }
+
+    /// Ends the frozen tasks of a checkpoint, whose connections stay locked.
+    pub(super) async fn end(&self, side: &mut Side) -> Result<()> {
+        let source = at_source(side)?;
+        end_tasks(source).await?;
+        source.reservation = None;
+        source.ready = Ready::default();
+        source.silent = None;
+        if let Err(error) = source.remove_lock().await {
+            warn!("{error}");
+        }
+        remove_note(&source.container);
+        self.enter(Phase::PHASE_NONE, "");
+        *side = Side::None;
+        Ok(())
+    }
+}
+
+/// Ends frozen tasks. Their sockets are taken out of the protocol first, so that no peer hears of it and
+/// no connection lingers that the same container could come back to.
+async fn end_tasks(source: &AtSource) -> Result<()> {
+    if source.container.snapshot().status == Status::Stopped {
+        return Ok(());
+    }
+    let pids = source.container.pids().await?;
+    let silenced = tokio::task::spawn_blocking(move || sockets::silence(&pids))
+        .await
+        .context("silence the connections")?
+        .context("silence the connections")?;
+    source.container.kill_all().await?;
+    let freezer = source.freezer.clone();
+    let thawed = tokio::task::spawn_blocking(move || freezer.thaw(FREEZER)).await;
+    let ended = source.container.wait_exited(EXIT).await;
+    drop(silenced);
+    if let Err(error) = &ended {
+        warn!("thaw of killed tasks: {thawed:?}; {error}");
+    }
+    ended.map(drop)
+}
+
+/// CRIU gives the freezer back as it found it; of a container that ran on since the dump nothing may be
+/// taken for what was dumped.
+fn still_frozen(source: &AtSource) -> Result<()> {
+    match source.freezer.is_frozen().context("look at the freezer")? {
+        true => Ok(()),
+        false => Err(Error::internal("the dump has thawed the container")),
     }
 }
 

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   options.rs   flags, data, and what is no option of the kernel
-//!   overlay.rs   lists of layers that are too long for one page
+//!   overlay.rs   layers of an overlay seen with other owners
 //!   loops.rs     files as devices
 //!   idmap.rs     owners shifted for a user namespace
 //! ```
@@ -103,7 +103,7 @@ fn by_kernel(mount: &Mount, rootfs: &Path, shifted: &Path) -> Result<()> {
         Some(users) if is_overlay => Some(overlay::shift(&mut options.data, users, shifted)?),
         _ => None,
     };
-    if is_overlay && let Some(folder) = overlay::shorten(&mut options.data) {
+    if is_overlay && let Some(folder) = ferry_oci::overlay::shorten(&mut options.data) {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).context("unshare the directory")?;
         std::env::set_current_dir(&folder).context(format!("enter {}", folder.display()))?;
     }

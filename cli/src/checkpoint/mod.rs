@@ -1,0 +1,26 @@
+//! Checkpoints as images: `ferry checkpoint`, `restore`, `discard` and `push`.
+//!
+//! ```text
+//!   create.rs   freeze ─ dump ─ files ─ thaw ─▶ archive.rs, layer.rs ─▶ content store ─▶ image REF
+//!                                        (with --exit: the container ends here, when all is safe)
+//!   restore.rs  image REF ─▶ spec.rs: may it have that? ─ snapshot ─ container ─ task ─ start
+//! ```
+//! An image is an OCI index as containerd's own clients make it (`format.rs`), and they take ours.
+//! Between freeze and thaw there is the dump and what has changed of the files since the last look;
+//! compression, digests and the content store come after.
+
+mod archive;
+mod create;
+mod discard;
+mod files;
+mod format;
+mod place;
+mod push;
+mod restore;
+mod spec;
+
+pub(crate) use create::{Options as CreateOptions, run as create};
+pub(crate) use discard::run as discard;
+pub(crate) use push::run as push;
+pub(crate) use restore::{Options as RestoreOptions, run as restore};
+pub(crate) use spec::Allowed;

@@ -1,0 +1,147 @@
+//! The folder in which a checkpoint is put together or taken apart. On a disk: it holds all the memory.
+//!
+//! A command that was killed leaves its folder, and what it had begun in containerd. Whoever comes next
+//! settles that: what is not complete goes, and a container that runs stays.
+
+use std::fs::{self, DirBuilder};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::agent::cleanup;
+use crate::containerd::{Containerd, TaskStatus};
+use crate::lock::{self, Lock};
+use crate::network::address::Cidr;
+
+/// Where they are.
+const PLACES: &str = "/var/lib/ferry/checkpoints";
+/// What a restore changes, in its folder.
+const PLAN: &str = "restore.json";
+
+/// A folder that goes with its owner.
+#[derive(Debug)]
+pub(super) struct Place {
+    path: PathBuf,
+    _lock: Lock,
+}
+
+/// What a restore changes of what is there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Plan {
+    /// The container.
+    pub(super) container: String,
+    /// The snapshot that it had, if it was there before.
+    pub(super) snapshot: Option<(String, String)>,
+    /// The address that is to come.
+    pub(super) ip: Option<Cidr>,
+}
+
+impl Place {
+    /// Makes the folder `id`, and settles what commands have left that were killed.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub(super) async fn make(containerd: &Containerd, namespace: &str, id: &str) -> Result<Self> {
+        sweep(containerd, namespace).await;
+        let lock = lock::take(&name(id), Duration::ZERO).await?;
+        let path = Path::new(PLACES).join(format!("{namespace}.{id}"));
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&path);
+        made.with_context(|| format!("make {}", path.display()))?;
+        Ok(Self { path, _lock: lock })
+    }
+
+    /// The folder `name` in it, made if missing.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub(super) fn folder(&self, name: &str) -> Result<PathBuf> {
+        let path = self.path.join(name);
+        fs::create_dir_all(&path).with_context(|| format!("make {}", path.display()))?;
+        Ok(path)
+    }
+
+    /// Writes down what a restore is about to change.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub(super) fn plan(&self, plan: &Plan) -> Result<()> {
+        let bytes = serde_json::to_vec(plan).context("write down what is to change")?;
+        fs::write(self.path.join(PLAN), bytes).context("write down what is to change")
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.path) {
+            log::warn!("remove {}: {error}", self.path.display());
+        }
+    }
+}
+
+fn name(id: &str) -> String {
+    format!("checkpoint-{id}")
+}
+
+async fn sweep(containerd: &Containerd, namespace: &str) {
+    let Ok(entries) = fs::read_dir(PLACES) else { return };
+    for entry in entries.flatten() {
+        let file = entry.file_name().to_string_lossy().into_owned();
+        let Some((_, id)) = file.rsplit_once('.').filter(|(there, _)| *there == namespace) else {
+            continue;
+        };
+        let Ok(_lock) = lock::take(&name(id), Duration::ZERO).await else { continue };
+        let settled = settle(containerd, id, &entry.path()).await;
+        if let Err(error) = settled {
+            log::warn!("settle what a command has left in {}: {error:#}", entry.path().display());
+        }
+    }
+}
+
+async fn settle(containerd: &Containerd, id: &str, folder: &Path) -> Result<()> {
+    let store = containerd.destination(id)?;
+    let plan = match fs::read(folder.join(PLAN)) {
+        Ok(bytes) => Some(serde_json::from_slice::<Plan>(&bytes).context("decode its plan")?),
+        Err(_) => None,
+    };
+    match plan {
+        None => cleanup::remove(&store, None).await?,
+        Some(plan) => {
+            let container = &plan.container;
+            let task = containerd.task(container).await?;
+            if task.is_some_and(|task| task.status == TaskStatus::Running) {
+                if let Some((snapshotter, key)) = &plan.snapshot
+                    && containerd
+                        .container(container)
+                        .await?
+                        .is_some_and(|c| c.snapshot_key != *key)
+                {
+                    containerd.remove_snapshot(snapshotter, key).await?;
+                }
+                cleanup::keep(&store).await?;
+            } else {
+                undo(containerd, &plan).await?;
+                cleanup::remove(&store, plan.ip).await?;
+            }
+        }
+    }
+    fs::remove_dir_all(folder).context("remove it")
+}
+
+/// Gives a container that was there before its snapshot back.
+///
+/// # Errors
+/// When its new task does not end, or containerd refuses.
+pub(super) async fn undo(containerd: &Containerd, plan: &Plan) -> Result<()> {
+    /// How long processes may take to end.
+    const PATIENCE: Duration = Duration::from_secs(20);
+    let Some((_, key)) = &plan.snapshot else { return Ok(()) };
+    let container = &plan.container;
+    containerd.end_task(container, PATIENCE).await?;
+    if containerd.container(container).await?.is_some_and(|c| c.snapshot_key != *key) {
+        containerd.set_snapshot(container, key).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,374 @@
+//! `ferry restore`: a container from a checkpoint.
+//!
+//! A container whose record is here, and that does not run, is restored as that record says. Any other
+//! is made from the image, of which nothing is taken that names this host (see [`spec`](super::spec)).
+//! If it fails, everything is as before.
+
+use std::net::IpAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use ferry_oci::announce::Announcement;
+use ferry_oci::criu::DumpRecord;
+use ferry_oci::paths;
+
+use super::archive;
+use super::create::{new_id, stopped};
+use super::format::{self, Checkpoint, Summary};
+use super::place::{self, Place, Plan};
+use super::spec::{self, Allowed};
+use crate::agent::cleanup;
+use crate::containerd::{
+    ContainerRecord, Containerd, Descriptor, Destination, SnapshotKind, Stdio, TaskStatus,
+    TypedBytes,
+};
+use crate::describe::checks::RUNTIME;
+use crate::lock;
+use crate::network::address::{self, Cidr};
+use crate::network::queue::Held;
+use crate::wire::messages::ContainerdAddress;
+use crate::wire::stream;
+
+/// What the operator asked for.
+#[derive(Debug)]
+pub(crate) struct Options {
+    /// Name of the image.
+    pub(crate) name: String,
+    /// Id of the container, if not that of the one that was checkpointed.
+    pub(crate) id: Option<String>,
+    /// The address that the clients use, if it is to come here.
+    pub(crate) ip: Option<Cidr>,
+    /// What the image may ask of this host.
+    pub(crate) allowed: Vec<Allowed>,
+    /// containerd.
+    pub(crate) containerd: ContainerdAddress,
+    /// Print JSON.
+    pub(crate) json: bool,
+}
+
+/// A restore under way.
+struct Restore {
+    options: Options,
+    id: String,
+    checkpoint: Checkpoint,
+    summary: Option<Summary>,
+    store: Destination,
+    place: Place,
+    /// The container that was here before, and its task's streams.
+    there: Option<(ContainerRecord, Stdio)>,
+    address: Option<Arriving>,
+}
+
+/// The address on its way here.
+struct Arriving {
+    cidr: Cidr,
+    held: Held,
+    announcement: Announcement,
+}
+
+/// Runs `ferry restore`.
+///
+/// # Errors
+/// When the container does not run; everything is as before.
+pub(crate) async fn run(options: Options) -> Result<()> {
+    let at = &options.containerd;
+    let containerd = Containerd::connect(&at.socket, &at.namespace).await?;
+    let checkpoint = Checkpoint::open(&containerd, &options.name).await?;
+    let summary = checkpoint.summary(&containerd).await?;
+    let id =
+        options.id.clone().or_else(|| summary.as_ref().map(|summary| summary.container.clone()));
+    let id = id.with_context(|| {
+        format!("{} does not say which container it is of: give --id", options.name)
+    })?;
+    ensure!(paths::is_container_id(&id), "{id:?} is no id of a container");
+    let name = format!("driver-{}-{id}", at.namespace);
+    let _driver = lock::take(&name, Duration::ZERO)
+        .await
+        .with_context(|| format!("{id} is being moved or restored"))?;
+    let there = there(&containerd, &id).await?;
+    let work = new_id();
+    let place = Place::make(&containerd, &at.namespace, &work).await?;
+    let store = containerd.destination(&work)?;
+    store.create_lease().await?;
+    let json = options.json;
+    let mut restore =
+        Restore { options, id, checkpoint, summary, store, place, there, address: None };
+    let done = tokio::select! {
+        done = restore.prepare() => done,
+        stopped = stopped() => Err(stopped),
+    };
+    // Not to be interrupted: a start has no middle.
+    let done = match done {
+        Ok(()) => restore.start().await,
+        Err(error) => Err(error),
+    };
+    match done {
+        Ok(pid) => restore.keep(pid, json).await,
+        Err(error) => Err(restore.undo(error).await),
+    }
+}
+
+/// The container `id`, if it is here and does not run.
+async fn there(containerd: &Containerd, id: &str) -> Result<Option<(ContainerRecord, Stdio)>> {
+    let Some(record) = containerd.container(id).await? else { return Ok(None) };
+    let stdio = match containerd.task(id).await? {
+        None => Stdio::default(),
+        Some(task) if task.status == TaskStatus::Stopped => task.stdio,
+        Some(_) => bail!("{id} has a task already: end it, or give another --id"),
+    };
+    Ok(Some((record, stdio)))
+}
+
+impl Restore {
+    /// Everything but the start.
+    async fn prepare(&mut self) -> Result<()> {
+        let images = self.place.folder("images")?;
+        self.unpack(&images).await?;
+        let record = DumpRecord::read(&images).context("read the record of the dump")?;
+        self.addresses(record.as_ref())?;
+        self.place.plan(&self.plan())?;
+        let (mut container, stdio) = match &self.there {
+            Some((record, stdio)) => (record.clone(), reachable(stdio)),
+            None => (self.record_of_image().await?, Stdio::default()),
+        };
+        let (target, chain) = self.image(&mut container).await?;
+        log::debug!("{} is based on {}", self.id, target.digest);
+        let store = &self.store;
+        container.snapshot_key = match &self.there {
+            Some(_) => format!("{}-{}", self.id, store.migration()),
+            None => self.id.clone(),
+        };
+        let (snapshotter, key) = (&container.snapshotter, &container.snapshot_key);
+        let layer = self.checkpoint.index.part(format::LAYER);
+        let kind = match (layer, &self.summary) {
+            (None, Some(_)) => SnapshotKind::View,
+            _ => SnapshotKind::Active,
+        };
+        let mounts = store.prepare_snapshot(snapshotter, key, &chain, kind).await?;
+        if let Some(layer) = layer {
+            store.apply(layer, &mounts).await?;
+        }
+        match &self.there {
+            Some(_) => {
+                store.containerd().delete_task(&self.id).await?;
+                store.containerd().set_snapshot(&self.id, key).await?;
+            }
+            None => store.create_container(&container).await?,
+        }
+        if let Some(cidr) = self.options.ip {
+            self.address = Some(arrive(cidr, store.migration()).await?);
+        }
+        let options = container.runtime_options.as_ref();
+        let images = images.display().to_string();
+        store.create_task(&self.id, &mounts, &stdio, options, &images).await?;
+        Ok(())
+    }
+
+    /// What changes of what is there.
+    fn plan(&self) -> Plan {
+        let before = self.there.as_ref().map(|(record, _)| record.clone());
+        Plan {
+            container: self.id.clone(),
+            snapshot: before.map(|before| (before.snapshotter, before.snapshot_key)),
+            ip: self.options.ip,
+        }
+    }
+
+    /// CRIU's images, from the content store into a folder.
+    async fn unpack(&self, folder: &Path) -> Result<()> {
+        let blob = self.checkpoint.index.part(format::IMAGES).context("no images of CRIU")?;
+        let mut reader = self.store.containerd().read_blob(&blob.digest, 0).await?;
+        let (to, mut from) = stream::reader();
+        let folder = folder.to_owned();
+        let unpack = tokio::task::spawn_blocking(move || archive::unpack(&mut from, &folder));
+        while let Some(chunk) = reader.chunk().await? {
+            // It has ended and says why.
+            if to.send(chunk).await.is_err() {
+                break;
+            }
+        }
+        drop(to);
+        unpack.await?.context("unpack the checkpoint")
+    }
+
+    /// Connections can only come back on an address that is here.
+    fn addresses(&self, record: Option<&DumpRecord>) -> Result<()> {
+        let locked = record.and_then(|record| record.options.locked.as_ref());
+        let Some(locked) = locked else { return Ok(()) };
+        let comes = self.options.ip.map(|cidr| cidr.ip);
+        for connection in &locked.connections {
+            let ip: IpAddr = connection.local.ip().to_canonical();
+            let here = ip.is_loopback() || comes == Some(ip) || address::device_with(ip)?.is_some();
+            ensure!(
+                here || self.in_given_network(),
+                "the connection to {} is on {ip}, which is not here: give --ip {ip}/PREFIX to have it come",
+                connection.remote
+            );
+        }
+        Ok(())
+    }
+
+    /// Whether the container's network is one given by path, whose addresses are not the host's.
+    fn in_given_network(&self) -> bool {
+        let spec = self.there.as_ref().and_then(|(record, _)| record.spec_json().ok());
+        spec.is_some_and(|spec| {
+            let all = spec["linux"]["namespaces"].as_array().cloned().unwrap_or_default();
+            all.iter().any(|n| {
+                n["type"] == "network" && n["path"].as_str().is_some_and(|p| !p.is_empty())
+            })
+        })
+    }
+
+    /// A container as the image has it.
+    async fn record_of_image(&self) -> Result<ContainerRecord> {
+        let index = &self.checkpoint.index;
+        let containerd = self.store.containerd();
+        let any = self.checkpoint.any(containerd, format::SPEC).await?;
+        let any = any.with_context(|| {
+            format!(
+                "there is no container {} here and {} has no spec: give --id of a container that is here",
+                self.id, self.options.name
+            )
+        })?;
+        let mut record = ContainerRecord {
+            id: self.id.clone(),
+            image: index.image_name().unwrap_or_default().to_owned(),
+            // What the image says of its runtime and that one's options names programs of this host.
+            runtime: RUNTIME.to_owned(),
+            spec: TypedBytes { type_url: any.type_url, value: any.value },
+            snapshotter: "overlayfs".to_owned(),
+            ..Default::default()
+        };
+        if let Some(snapshotter) = index.annotations.get(format::SNAPSHOTTER)
+            && containerd.snapshotters().await?.contains(snapshotter)
+        {
+            record.snapshotter.clone_from(snapshotter);
+        }
+        let mut spec = record.spec_json()?;
+        spec::check(&spec, &self.options.allowed)?;
+        spec::localize(&mut spec, &self.options.containerd.namespace, &self.id);
+        record.set_spec_json(&spec);
+        Ok(record)
+    }
+
+    /// Has the image of the container unpacked: what it is, and the chain id of its layers.
+    async fn image(&self, container: &mut ContainerRecord) -> Result<(Descriptor, String)> {
+        let containerd = self.store.containerd();
+        let named = containerd.image(&container.image).await?;
+        let parts = self.checkpoint.index.manifests.iter().map(|part| &part.blob);
+        let own = parts.clone().find(|blob| format::is_image(&blob.media_type)).cloned();
+        let chain = self.summary.as_ref().map(|summary| summary.chain.as_str());
+        let target = match (own, named) {
+            (Some(own), _) => own,
+            (None, Some(named)) => named.target,
+            (None, None) => {
+                bail!("the image {:?} of the container is not here: pull it", container.image)
+            }
+        };
+        if self.there.is_none() {
+            let labels = Default::default();
+            container.image =
+                self.store.create_image(&container.image, &target, &labels).await?.name;
+        }
+        let unpacked = self.store.unpack(&target, &container.snapshotter, chain).await?;
+        ensure!(
+            chain.is_none_or(|chain| chain == unpacked),
+            "the image unpacks to {unpacked}, not to {} as the checkpoint says",
+            chain.unwrap_or_default()
+        );
+        Ok((target, unpacked))
+    }
+
+    /// The container runs. Its pid.
+    async fn start(&self) -> Result<u32> {
+        if let Some(address) = &self.address {
+            // Its clients are led here; what they send waits.
+            address.announcement.send().with_context(|| format!("announce {}", address.cidr))?;
+            address.held.open()?;
+        }
+        Ok(self.store.start_task(&self.id).await?)
+    }
+
+    /// It runs: what fails from here on does not change that.
+    async fn keep(mut self, pid: u32, json: bool) -> Result<()> {
+        if let Some(Arriving { cidr, held, announcement }) = self.address.take() {
+            if let Err(error) = held.release() {
+                log::warn!("let packets for {cidr} through: {error:#}");
+            }
+            if let Err(error) = announcement.send() {
+                log::warn!("announce {cidr}: {error}");
+            }
+            if let Err(error) = tokio::task::spawn_blocking(move || held.finish()).await? {
+                log::warn!("remove the rules of {cidr}: {error:#}");
+            }
+        }
+        if let Some((before, _)) = &self.there {
+            let containerd = self.store.containerd();
+            let gone = containerd.remove_snapshot(&before.snapshotter, &before.snapshot_key).await;
+            if let Err(error) = gone {
+                log::warn!("{error}");
+            }
+        }
+        cleanup::keep(&self.store).await?;
+        match json {
+            true => println!("{}", serde_json::json!({ "id": self.id, "pid": pid })),
+            false => println!("{}", self.id),
+        }
+        Ok(())
+    }
+
+    /// Everything is as before.
+    async fn undo(mut self, error: anyhow::Error) -> anyhow::Error {
+        let mut left = Vec::new();
+        if let Some(address) = self.address.take()
+            && let Err(error) = address.held.drop_all()
+        {
+            log::debug!("drop held packets: {error:#}");
+        }
+        if let Err(error) = place::undo(self.store.containerd(), &self.plan()).await {
+            left.push(format!("{error:#}"));
+        }
+        if left.is_empty()
+            && let Err(error) = cleanup::remove(&self.store, self.options.ip).await
+        {
+            left.push(format!("{error:#}"));
+        }
+        let error = error.context(format!("{} was not restored", self.id));
+        match left.is_empty() {
+            true => error,
+            false => error.context(left.join("; ")),
+        }
+    }
+}
+
+/// Has an address come here, silent until it is opened.
+async fn arrive(cidr: Cidr, id: &str) -> Result<Arriving> {
+    ensure!(
+        address::device_with(cidr.ip)?.is_none(),
+        "{} is here already: leave --ip out",
+        cidr.ip
+    );
+    let device = address::device_for(&cidr)?
+        .with_context(|| format!("no interface here is in the network of {cidr}"))?;
+    let id = id.to_owned();
+    let start = move || Held::start(&id, &[cidr.ip], true);
+    let held = tokio::task::spawn_blocking(start).await??;
+    address::add(cidr, &device).await?;
+    let announcement = Announcement::prepare(cidr.ip, &device).context("prepare to announce")?;
+    Ok(Arriving { cidr, held, announcement })
+}
+
+/// Streams of a task that has ended, as far as somebody may still be there.
+fn reachable(stdio: &Stdio) -> Stdio {
+    let there = |path: &String| match path.starts_with('/') && !Path::new(path).exists() {
+        true => String::new(),
+        false => path.clone(),
+    };
+    Stdio {
+        stdin: there(&stdio.stdin),
+        stdout: there(&stdio.stdout),
+        stderr: there(&stdio.stderr),
+        terminal: stdio.terminal,
+    }
+}

@@ -1,0 +1,237 @@
+//! Checkpoints as images: `ferry checkpoint`, `push`, `restore` and `discard`, and what containerd's own
+//! client makes of them.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use ferry_tests::counter::Counter;
+use ferry_tests::ctr::{until, wait_for_status};
+use ferry_tests::scene::{FLOATING, RUNTIME, traces, wait_for_traces};
+use ferry_tests::{Host, Scene};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+const BUSYBOX: &str = "docker.io/library/busybox:latest";
+/// Counts in memory, and in a file.
+const COUNTS: &str = "i=0; while :; do i=$((i+1)); echo $i >> /log; usleep 200; done";
+
+/// Runs `command` on `host`, which has to refuse it; what it says.
+fn refused(host: &Host, command: &str) -> Result<String> {
+    let output = host.output(command)?;
+    ensure!(!output.status.success(), "{command} was not refused: {output}");
+    Ok(output.stderr)
+}
+
+/// Lines of the file that task `id` counts in; fails unless each is one more than the one before.
+fn counted(host: &Host, id: &str) -> Result<usize> {
+    let pid = host.run(&format!("ctr task ls | awk '$1 == \"{id}\" {{print $2}}'"))?.stdout;
+    let log = host.run(&format!("cat /proc/{}/root/log", pid.trim()))?.stdout;
+    for (number, line) in (1..).zip(log.lines()) {
+        ensure!(line == number.to_string(), "{id}: line {number} is {line:?}");
+    }
+    Ok(log.lines().count())
+}
+
+/// Waits until task `id` has counted on.
+fn counts_on(host: &Host, id: &str) -> Result<()> {
+    let before = counted(host, id)?;
+    until(&format!("{id} counts on"), || Ok(counted(host, id)? > before))
+}
+
+fn end(host: &Host, id: &str) -> Result<()> {
+    host.run(&format!("ctr task kill -s KILL {id}"))?;
+    wait_for_status(host, id, "STOPPED")?;
+    host.run(&format!("ctr task rm {id}; ctr container rm {id}")).map(drop)
+}
+
+fn json(host: &Host, command: &str) -> Result<Value> {
+    let output = host.run(command)?;
+    serde_json::from_str(&output.stdout).with_context(|| format!("{command}: {output}"))
+}
+
+#[test]
+fn clients_stay_connected_while_a_redis_of_400_mb_is_an_image_here_and_on_the_way_there()
+-> Result<()> {
+    let scene = Scene::start()?;
+    let (a, b) = (scene.host("a"), scene.host("b"));
+    let empty = traces(b)?;
+    scene.start_redis("a", 0)?;
+    a.run("redis-cli debug populate 400000 key 1000")?;
+    let mut client = Counter::start_at(scene.lab.client(), FLOATING, 6379, "INCR counter")?;
+
+    // A command that is killed in the middle gives it back, and the next one clears up after it.
+    let running = traces(a)?;
+    let killed = a.spawn("exec ferry checkpoint redis killed --exit")?;
+    let frozen = "cat /sys/fs/cgroup/freezer/default/redis/freezer.state";
+    a.wait_until("it is frozen", |a| a.output(frozen).is_ok_and(|o| o.stdout.contains("FROZEN")))?;
+    killed.signal(Signal::SIGKILL);
+    drop(killed);
+    client.goes_on().context("after a checkpoint that was killed")?;
+    let kept = json(a, "ferry checkpoint redis kept --json")?;
+    ensure!(kept["statistics"]["memory_bytes"].as_u64() > Some(400 << 20), "{kept}");
+    ensure!(kept["statistics"]["frozen_us"].as_u64() > Some(0), "{kept}");
+    client.goes_on().context("after a checkpoint")?;
+    a.run("ferry discard kept")?;
+    wait_for_traces(a, &running, "after a checkpoint was discarded")?;
+
+    // On the same host.
+    a.run("ferry checkpoint redis here --exit")?;
+    wait_for_status(a, "redis", "STOPPED")?;
+    ensure!(a.run("nft list tables")?.stdout.contains("ferry_checkpoint_"), "nothing is locked");
+    a.run("ferry restore here")?;
+    client.goes_on().context("after a restore")?;
+    ensure!(a.run("nft list tables")?.stdout.is_empty(), "something is locked");
+    a.run("ferry discard here")?;
+
+    // To the other.
+    a.run("ferry checkpoint redis there --exit")?;
+    let push = format!("ferry push there --to ssh://root@{} --json", b.address());
+    let pushed = json(a, &push)?;
+    ensure!(pushed["sent"].as_u64() > Some(400 << 20), "{pushed}");
+    ensure!(json(a, &push)?["sent"] == 0, "it was sent again");
+    let refusal = refused(b, "ferry restore there --allow namespaces")?;
+    ensure!(refusal.contains(&format!("--ip {FLOATING}/PREFIX")), "{refusal}");
+    let refusal = refused(b, &format!("ferry restore there --ip {FLOATING}/24"))?;
+    ensure!(refusal.contains("--allow namespaces"), "{refusal}");
+    a.run(&format!("ip addr del {FLOATING}/24 dev eth0"))?;
+    b.run(&format!("ferry restore there --ip {FLOATING}/24 --allow namespaces"))?;
+    client.goes_on().context("after a restore on the other host")?;
+    ensure!(b.run("redis-cli dbsize")?.stdout.trim() == "400001", "keys are missing");
+    client.stop()?;
+    // The lock has done its work: what is left of the container here goes with the checkpoint.
+    a.run("ctr task rm redis; ctr container rm redis; ferry discard there")?;
+    ensure!(a.run("nft list tables")?.stdout.is_empty(), "the lock is still there");
+    end(b, "redis")?;
+    b.run(&format!(
+        "ferry discard there; ctr image rm --sync docker.io/library/redis:latest@* 2>/dev/null; \
+         ip addr del {FLOATING}/24 dev eth0"
+    ))?;
+    wait_for_traces(b, &empty, "after all of it").context("on the destination")
+}
+
+#[test]
+fn files_and_memory_of_a_checkpoint_are_of_one_moment_for_us_and_for_containerd_s_client()
+-> Result<()> {
+    let scene = Scene::start()?;
+    let host = scene.host("a");
+    for snapshotter in ["overlayfs", "native"] {
+        host.run(&format!(
+            "ctr image unpack --snapshotter {snapshotter} {BUSYBOX} >/dev/null; \
+             ctr run -d --null-io --runtime {RUNTIME} --snapshotter {snapshotter} {BUSYBOX} counter sh -c '{COUNTS}'"
+        ))?;
+        counts_on(host, "counter")?;
+        host.run("ferry checkpoint counter moment")?;
+        counts_on(host, "counter").context("it runs on")?;
+        end(host, "counter")?;
+        // Not there any more: made anew from the image.
+        host.run("ferry restore moment")?;
+        counts_on(host, "counter")?;
+        host.run("ferry restore moment --id twin")?;
+        counts_on(host, "twin").context("a second one beside it")?;
+        end(host, "twin")?;
+        // There, and ended: restored into its own record, with the files of the checkpoint.
+        let later = counted(host, "counter")?;
+        host.run("ctr task kill -s KILL counter")?;
+        wait_for_status(host, "counter", "STOPPED")?;
+        host.run("ferry restore moment")?;
+        ensure!(counted(host, "counter")? < later, "its files are not those of the checkpoint");
+        counts_on(host, "counter")?;
+        end(host, "counter")?;
+        host.run("timeout 30 ctr container restore --rw --live theirs moment </dev/null")?;
+        counts_on(host, "theirs").context("restored by ctr")?;
+        host.run("ctr container checkpoint --image --rw --task theirs by-ctr")?;
+        end(host, "theirs")?;
+        let refusal = refused(host, "ferry restore by-ctr")?;
+        ensure!(refusal.contains("give --id"), "{refusal}");
+        host.run("ferry restore by-ctr --id counter")?;
+        counts_on(host, "counter").context("a checkpoint of ctr")?;
+        end(host, "counter")?;
+        host.run("ferry discard moment; ferry discard by-ctr")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_refused_or_fails_changes_nothing() -> Result<()> {
+    let scene = Scene::start()?;
+    let host = scene.host("a");
+    let run = format!("ctr run -d --null-io --runtime {RUNTIME}");
+    host.run(&format!(
+        "mkdir -p /srv/data; {run} {BUSYBOX} counter sh -c '{COUNTS}'; \
+         {run} --mount type=bind,src=/srv/data,dst=/data,options=rbind:ro {BUSYBOX} bound sh -c '{COUNTS}'; \
+         {run} {BUSYBOX} stopped true; {run} {BUSYBOX} paused sleep 1000; ctr task pause paused; \
+         ctr run -d --null-io --runtime io.containerd.runc.v2 {BUSYBOX} other sleep 1000; \
+         ferry checkpoint counter taken"
+    ))?;
+    wait_for_status(host, "stopped", "STOPPED")?;
+    let before = traces(host)?;
+    for (command, part) in [
+        ("ferry checkpoint nobody", "there is no container nobody"),
+        ("ferry checkpoint counter taken", "give another name"),
+        ("ferry checkpoint paused", "resume it"),
+        ("ferry checkpoint stopped", "start it"),
+        ("ferry checkpoint other", "--runtime io.containerd.ferry.v2"),
+        ("ferry restore nothing", "there is no checkpoint nothing"),
+        ("ferry restore docker.io/library/busybox:latest", "is no checkpoint"),
+        ("ferry restore taken", "has a task already"),
+        ("ferry restore taken --id ../x", "no id of a container"),
+        ("ferry restore taken --id new --ip 192.0.2.1/24", "no interface"),
+        ("ferry discard nothing", "there is no checkpoint nothing"),
+        ("ferry discard docker.io/library/busybox:latest", "is no checkpoint"),
+        ("ferry discard 0123456789abcdef", "there is no lock"),
+        ("ferry push nothing --to ssh://root@10.77.0.2", "there is no image nothing"),
+        ("ferry push taken --to ssh://root@10.77.0.99", "10.77.0.99"),
+    ] {
+        let refusal = refused(host, command)?;
+        ensure!(refusal.contains(part), "{command}: {refusal}");
+        wait_for_traces(host, &before, command)?;
+    }
+    counts_on(host, "counter")?;
+
+    // An image may not name what is the host's; a record that is here may.
+    host.run("ferry checkpoint bound named --exit")?;
+    wait_for_status(host, "bound", "STOPPED")?;
+    let refusal = refused(host, "ferry restore named --id elsewhere")?;
+    ensure!(refusal.contains("/srv/data") && refusal.contains("--allow mounts"), "{refusal}");
+    host.run("ferry restore named --id elsewhere --allow mounts")?;
+    counts_on(host, "elsewhere")?;
+    host.run("ferry restore named")?;
+    counts_on(host, "bound")
+}
+
+#[test]
+fn a_dump_or_a_restore_that_fails_leaves_everything_as_it_was() -> Result<()> {
+    let scene = Scene::start()?;
+    let host = scene.host("a");
+    host.run(&format!(
+        "ctr run -d --null-io --runtime {RUNTIME} {BUSYBOX} counter sh -c '{COUNTS}'"
+    ))?;
+    counts_on(host, "counter")?;
+    let before = traces(host)?;
+    // A CRIU that cannot.
+    let (broken, mended) = (
+        "mv /usr/sbin/criu /usr/sbin/criu.real; printf '#!/bin/sh\\ncase \"$1\" in --version) exec /usr/sbin/criu.real --version;; esac\\nexit 1\\n' > /usr/sbin/criu; chmod +x /usr/sbin/criu",
+        "mv -f /usr/sbin/criu.real /usr/sbin/criu",
+    );
+    host.run(broken)?;
+    for exit in ["", "--exit"] {
+        let refusal = refused(host, &format!("ferry checkpoint counter failed {exit}"))?;
+        ensure!(refusal.contains("counter runs as before"), "{refusal}");
+        counts_on(host, "counter")?;
+        wait_for_traces(host, &before, "after a failed dump")?;
+    }
+    host.run(mended)?;
+    host.run("ferry checkpoint counter good --exit")?;
+    wait_for_status(host, "counter", "STOPPED")?;
+    let before = traces(host)?;
+    host.run(broken)?;
+    let refusal = refused(host, "ferry restore good --id new")?;
+    ensure!(refusal.contains("new was not restored"), "{refusal}");
+    wait_for_traces(host, &before, "after a failed restore")?;
+    refused(host, "ferry restore good")?;
+    host.run(mended)?;
+    // Its task was removed; the container and its files are there for another attempt.
+    std::thread::sleep(Duration::from_millis(100));
+    host.run("ferry restore good")?;
+    counts_on(host, "counter")
+}
