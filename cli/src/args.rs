@@ -16,7 +16,7 @@ use crate::migrate::{self, Options, guard};
 use crate::network::address::Cidr;
 use crate::transport::{Destination, unix};
 use crate::wire::messages::ContainerdAddress;
-use crate::{agent, pages, status};
+use crate::{agent, inspect, pages, status};
 
 /// Moves running containers between containerd hosts while their clients stay connected.
 #[derive(Debug, Parser)]
@@ -86,6 +86,12 @@ enum Command {
         /// Command that starts ferry on the other host, over ssh
         #[arg(long, default_value = "ferry")]
         remote_ferry: String,
+    },
+    /// Show what is in a checkpoint: processes, memory, files, sockets, mounts
+    Inspect {
+        /// Name of its image in containerd, or path of its archive or folder
+        #[arg(value_name = "REF|FILE|DIR")]
+        what: String,
     },
     /// List migrations that were decided and not finished, and memory kept for a next attempt
     Status,
@@ -189,6 +195,7 @@ impl Args {
                 agent::listen::listen(&address, self.verbose).await
             }
             Command::Agent { .. } => agent::serve().await,
+            Command::Inspect { what } => inspect::run(&containerd, what, self.json).await,
             Command::Status => status::show(self.json),
             Command::Drop { container, all: _ } => {
                 pages::drop(&containerd.namespace, container.as_deref())

@@ -4,12 +4,14 @@ mod agent;
 mod args;
 mod containerd;
 mod describe;
+mod inspect;
 mod lock;
 mod migrate;
 mod network;
 mod pages;
 mod shim;
 mod status;
+mod table;
 mod transport;
 mod wire;
 
