@@ -4,6 +4,7 @@ mod agent;
 mod args;
 mod containerd;
 mod describe;
+mod doctor;
 mod inspect;
 mod lock;
 mod migrate;
@@ -50,7 +51,7 @@ fn main() -> ExitCode {
     // A thread that still reads standard input must not keep the process.
     runtime.shutdown_background();
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("ferry: {error:#}");
             ExitCode::FAILURE

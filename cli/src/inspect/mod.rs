@@ -27,6 +27,7 @@ use crate::containerd::Containerd;
 use crate::wire::messages::ContainerdAddress;
 use archive::Archive;
 use report::Report;
+pub(crate) use text::clean;
 
 /// Prints what is in `what`.
 ///

@@ -207,7 +207,7 @@ pub(super) fn size(bytes: u64) -> String {
 }
 
 /// Without what a terminal would take for orders.
-pub(super) fn clean(text: &str) -> String {
+pub(crate) fn clean(text: &str) -> String {
     let is_plain = |c: char| {
         !c.is_control() && !matches!(c, '\u{200e}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
     };
