@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -16,7 +17,7 @@ use crate::migrate::{self, Options, guard};
 use crate::network::address::Cidr;
 use crate::transport::{Destination, unix};
 use crate::wire::messages::ContainerdAddress;
-use crate::{agent, checkpoint, pages, status};
+use crate::{agent, checkpoint, doctor, inspect, pages, status};
 
 /// Moves running containers between containerd hosts while their clients stay connected.
 #[derive(Debug, Parser)]
@@ -143,6 +144,19 @@ enum Command {
         #[arg(long, default_value = "ferry")]
         remote_ferry: String,
     },
+    /// Show what is in a checkpoint: processes, memory, files, sockets, mounts
+    Inspect {
+        /// Name of its image in containerd, or path of its archive or folder
+        #[arg(value_name = "REF|FILE|DIR")]
+        what: String,
+    },
+    /// Say what this host, or a container on it, cannot do, and what helps
+    ///
+    /// Exit code 0: nothing that matters; 1: warnings; 2: blockers; 3: it could not look.
+    Doctor {
+        /// Container id
+        container: Option<String>,
+    },
     /// List migrations that were decided and not finished, and memory kept for a next attempt
     Status,
     /// Forget memory that a failed migration has left here for the next attempt
@@ -231,20 +245,24 @@ impl Args {
         matches!(self.command, Command::Migrate { .. })
     }
 
-    /// Does what was asked.
+    /// Does what was asked; with what code the process is to end.
     ///
     /// # Errors
     /// With the text that the operator gets.
-    pub(crate) async fn run(self) -> Result<()> {
+    pub(crate) async fn run(self) -> Result<ExitCode> {
         let containerd = ContainerdAddress {
             socket: self.address.trim_start_matches("unix://").to_owned(),
             namespace: self.namespace,
         };
-        match self.command {
+        let done = match self.command {
+            Command::Doctor { container } => {
+                return Ok(doctor::run(&containerd, container, self.json).await);
+            }
             Command::Agent { listen: Some(address), .. } => {
                 agent::listen::listen(&address, self.verbose).await
             }
             Command::Agent { .. } => agent::serve().await,
+            Command::Inspect { what } => inspect::run(&containerd, what, self.json).await,
             Command::Status => status::show(self.json),
             Command::Drop { container, all: _ } => {
                 pages::drop(&containerd.namespace, container.as_deref())
@@ -329,7 +347,8 @@ impl Args {
                 };
                 migrate::run(options).await
             }
-        }
+        };
+        done.map(|()| ExitCode::SUCCESS)
     }
 }
 

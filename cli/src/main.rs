@@ -5,12 +5,15 @@ mod args;
 mod checkpoint;
 mod containerd;
 mod describe;
+mod doctor;
+mod inspect;
 mod lock;
 mod migrate;
 mod network;
 mod pages;
 mod shim;
 mod status;
+mod table;
 mod transport;
 mod wire;
 
@@ -49,7 +52,7 @@ fn main() -> ExitCode {
     // A thread that still reads standard input must not keep the process.
     runtime.shutdown_background();
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("ferry: {error:#}");
             ExitCode::FAILURE

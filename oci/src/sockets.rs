@@ -1,5 +1,8 @@
 //! The sockets of a container, read from `/proc`, and how to end them without a word to the peer.
 
+mod kinds;
+mod outside;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
@@ -11,6 +14,9 @@ use std::time::Duration;
 use nix::sys::socket::{setsockopt, sockopt};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use serde::{Deserialize, Serialize};
+
+pub use kinds::{Kind, kinds};
+pub use outside::{Outside, outside};
 
 /// Transport protocol of an inet socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

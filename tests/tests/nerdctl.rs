@@ -260,6 +260,10 @@ fn a_container_is_started_from_its_checkpoint_and_its_client_goes_on() -> Result
     wait_for(host, "nerdctl ps -a", "Exited (137)")?;
     let listed = nerdctl(host, "checkpoint ls store")?;
     ensure!(listed.contains("running") && listed.contains("ended"), "{listed}");
+    let images = host.run("find /var/lib -name inventory.img -path '*ended*'")?.stdout;
+    let folder = images.trim().strip_suffix("/inventory.img").context("no images")?;
+    let told = host.run(&format!("ferry inspect {folder}"))?.stdout;
+    ensure!(told.contains("redis-server *:6379") && told.contains("connections locked"), "{told}");
     nerdctl(host, "start --checkpoint ended store")?;
     client.goes_on()?;
     let counted = nerdctl(host, "exec store redis-cli get count")?;

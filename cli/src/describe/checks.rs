@@ -62,6 +62,15 @@ pub(crate) fn netns_needed(container: &ContainerFacts) -> Option<String> {
     }
 }
 
+/// What of a container alone stands in the way, wherever it is to go.
+pub(crate) fn of_container(container: &ContainerFacts) -> Vec<Blocker> {
+    let mut found = Vec::new();
+    state(container, &mut found);
+    isolation(container, &mut found);
+    bound_and_layered(container, &mut found);
+    found
+}
+
 /// Every blocker there is; an empty list means the container can be moved.
 pub(crate) fn blockers(facts: &Facts<'_>) -> Vec<Blocker> {
     let mut found = Vec::new();
@@ -200,7 +209,14 @@ fn isolation(container: &ContainerFacts, found: &mut Vec<Blocker>) {
 }
 
 fn files(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
-    let container = facts.container;
+    bound_and_layered(facts.container, found);
+    for path in &facts.room.missing_paths {
+        let what = format!("the destination has no {path}");
+        block(found, "path-missing", what, "create it: the container binds the host's own");
+    }
+}
+
+fn bound_and_layered(container: &ContainerFacts, found: &mut Vec<Blocker>) {
     for bind in &container.binds {
         if HOST_FILES.contains(&bind.source.as_str()) {
             continue;
@@ -213,10 +229,6 @@ fn files(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
             ("bind-mount", "start it without the mount: ferry cannot move host files yet")
         };
         block(found, name, what, cure);
-    }
-    for path in &facts.room.missing_paths {
-        let what = format!("the destination has no {path}");
-        block(found, "path-missing", what, "create it: the container binds the host's own");
     }
     for hook in &container.hooks {
         let what = format!("{} has an OCI hook ({hook})", container.id);

@@ -75,7 +75,8 @@ impl HostFacts {
     }
 }
 
-fn read(path: &str) -> String {
+/// A file of the kernel's, without space around it; empty where it cannot be read.
+pub(crate) fn read(path: &str) -> String {
     fs::read_to_string(path).unwrap_or_default().trim().to_owned()
 }
 
@@ -86,7 +87,8 @@ fn version_of(program: &str, prefix: &str) -> Option<String> {
     output.status.success().then(|| line.trim().to_owned())
 }
 
-fn in_path(program: &str) -> bool {
+/// Whether `program` is in the path.
+pub(crate) fn in_path(program: &str) -> bool {
     std::env::var_os("PATH")
         .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
 }

@@ -16,4 +16,4 @@ pub(crate) mod host;
 pub(crate) mod memory;
 pub(crate) mod room;
 #[cfg(test)]
-mod samples;
+pub(crate) mod samples;

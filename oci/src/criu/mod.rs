@@ -4,9 +4,11 @@
 //! the environment variable [`CONFIG_ENV`] names, one per run.
 
 mod config;
+mod decode;
 mod gate;
 mod hidden;
 mod hold;
+pub mod images;
 mod log;
 mod pagemap;
 mod places;

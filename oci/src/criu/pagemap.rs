@@ -9,13 +9,11 @@
 //! every page of a lazy mapping, and ignores or doubles what the images hold of it.
 
 use super::HiddenRange;
+use super::decode::{Field, fields, records};
 use std::io;
 use std::path::Path;
 
-mod decode;
-use decode::{Field, fields, records};
-
-const MM_MAGIC: u32 = 0x5749_2820;
+pub(super) const MM_MAGIC: u32 = 0x5749_2820;
 const PAGEMAP_MAGIC: u32 = 0x5608_4025;
 const PAGE: u64 = 4096;
 

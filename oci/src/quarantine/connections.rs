@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::netlink::{APPEND, Batch, CREATE, Message, Socket};
+use super::netlink::{APPEND, Batch, CREATE, Message, Socket, attributes};
 use super::rules::{
     INET, META_TRANSPORT, NETWORK_HEADER, NEW_RULE, SUBSYSTEM, TRANSPORT_HEADER, Verdict, chain,
     end, expression, meta, table_message,
@@ -25,6 +25,7 @@ use super::{Answer, Error, rules};
 
 const NEW_SET: u16 = SUBSYSTEM << 8 | 9;
 const NEW_ELEMENTS: u16 = SUBSYSTEM << 8 | 12;
+const GET_ELEMENTS: u16 = SUBSYSTEM << 8 | 13;
 /// Elements of a set may have a time.
 const TIMEOUT: u32 = 0x10;
 /// The first of the registers of 32 bits, of which a key of several fields takes some in a row.
@@ -157,6 +158,54 @@ pub fn locked() -> Result<Vec<String>, Error> {
     socket.list(rules::list_tables(), see).map_err(failed)?;
     found.sort();
     Ok(found)
+}
+
+/// What a lock still keeps silent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Remaining {
+    /// How many connections.
+    pub connections: usize,
+    /// For how long at most, seconds.
+    pub seconds: u64,
+}
+
+/// What the lock of the checkpoint `id` still keeps silent in the calling thread's network namespace.
+/// A lock whose time is over keeps nothing, and its table is there still.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn remaining(id: &str) -> Result<Remaining, Error> {
+    let failed = |source| Error { what: "look at the lock of a checkpoint", source };
+    let socket = Socket::open().map_err(failed)?;
+    let mut remaining = Remaining::default();
+    for family in Family::ALL {
+        let request =
+            Message::new(GET_ELEMENTS, 0, INET, 0).text(1, &table(id)).text(2, family.set());
+        let see = |answer: Answer<'_>| {
+            let Answer::Message { attributes, .. } = answer else { return };
+            for millis in times(attributes) {
+                remaining.connections += 1;
+                remaining.seconds = remaining.seconds.max(millis / 1000);
+            }
+        };
+        match socket.list(request, see) {
+            // There is a set only for a family that has connections.
+            Err(err) if err.kind() == io::ErrorKind::NotFound => {}
+            other => other.map_err(failed)?,
+        }
+    }
+    Ok(remaining)
+}
+
+/// What time the elements in a list of a set's have left, milliseconds.
+fn times(list: &[u8]) -> impl Iterator<Item = u64> {
+    const ELEMENTS: u16 = 3;
+    const EXPIRATION: u16 = 5;
+    let elements = attributes(list).filter(|(kind, _)| *kind == ELEMENTS);
+    elements.flat_map(|(_, list)| attributes(list)).filter_map(|(_, element)| {
+        let (_, left) = attributes(element).find(|(kind, _)| *kind == EXPIRATION)?;
+        left.try_into().ok().map(u64::from_be_bytes)
+    })
 }
 
 fn transact(batch: Batch, what: &'static str) -> Result<(), Error> {

@@ -94,6 +94,23 @@ pub fn present() -> Result<Vec<String>, Error> {
     Ok(found)
 }
 
+/// Names of all tables in the calling thread's network namespace, whoever made them; sorted.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn tables() -> Result<Vec<String>, Error> {
+    let failed = |source| Error { what: "list the firewall's tables", source };
+    let mut found = Vec::new();
+    let socket = Socket::open().map_err(failed)?;
+    let see = |answer: Answer<'_>| {
+        let Answer::Message { attributes, .. } = answer else { return };
+        found.extend(rules::table_name(attributes).map(str::to_owned));
+    };
+    socket.list(rules::list_tables(), see).map_err(failed)?;
+    found.sort();
+    Ok(found)
+}
+
 fn run(socket: &Socket, script: Script<'_>, what: &'static str) -> Result<(), Error> {
     socket.transact(&script.seal()).map_err(|source| Error { what, source })
 }

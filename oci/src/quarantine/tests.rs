@@ -270,6 +270,10 @@ fn connections_are_silent_until_they_are_unlocked_and_others_never() {
             let (mut other_client, mut other_server) = connected(address);
             connections::lock("one", &[of(&server)], Duration::from_secs(60)).unwrap();
             assert_eq!(connections::locked().unwrap(), ["one"]);
+            assert_eq!(tables().unwrap(), ["ferry_checkpoint_one"]);
+            let remaining = connections::remaining("one").unwrap();
+            assert_eq!(remaining.connections, 1);
+            assert!((50..=60).contains(&remaining.seconds), "{remaining:?}");
             assert!(!arrives(&mut client, &mut server), "{address}: in");
             assert!(!arrives(&mut server, &mut client), "{address}: out");
             assert!(arrives(&mut other_client, &mut other_server));
@@ -294,6 +298,7 @@ fn a_lock_that_is_forgotten_ends_with_its_time() {
         assert!(!arrives(&mut client, &mut server));
         server.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
         assert!(server.read(&mut [0; 16]).is_ok());
+        assert_eq!(connections::remaining("one").unwrap().connections, 0);
     });
 }
 

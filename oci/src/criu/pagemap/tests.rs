@@ -1,31 +1,10 @@
+use super::super::decode::{encode, image};
 use super::*;
 
 const ANONYMOUS: u32 = 0x22;
 
-fn varint(mut value: u64) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    while value > 0x7f {
-        bytes.push(value as u8 | 0x80);
-        value >>= 7;
-    }
-    bytes.push(value as u8);
-    bytes
-}
-
 fn message(fields: &[(u64, u64)]) -> Vec<u8> {
-    fields
-        .iter()
-        .flat_map(|(number, value)| [varint(number << 3), varint(*value)].concat())
-        .collect()
-}
-
-fn image(magic: u32, records: &[Vec<u8>]) -> Vec<u8> {
-    let mut image = [0x5456_4319_u32.to_le_bytes(), magic.to_le_bytes()].concat();
-    for record in records {
-        image.extend((record.len() as u32).to_le_bytes());
-        image.extend(record);
-    }
-    image
+    fields.iter().flat_map(|(field, value)| encode::number(*field, *value)).collect()
 }
 
 fn mm(mappings: &[(u64, u64, u32, u32)]) -> Vec<u8> {
@@ -35,8 +14,8 @@ fn mm(mappings: &[(u64, u64, u32, u32)]) -> Vec<u8> {
             [(1, *start), (2, *end), (3, 0), (6, u64::from(*flags)), (7, u64::from(*status))];
         let mut mapping = message(&mapping);
         // A negative number, ten bytes long.
-        mapping.extend([varint(8 << 3), varint(u64::MAX)].concat());
-        record.extend([varint(14 << 3 | 2), varint(mapping.len() as u64), mapping].concat());
+        mapping.extend(encode::number(8, u64::MAX));
+        record.extend(encode::bytes(14, &mapping));
     }
     record.extend(message(&[(15, 1)]));
     image(MM_MAGIC, &[record])

@@ -9,6 +9,8 @@
 use super::ImageError;
 
 const IMAGE_MAGIC: u32 = 0x5456_4319;
+/// In place of it in what CRIU writes for itself: its statistics.
+const SERVICE_MAGIC: u32 = 0x5510_5940;
 
 /// A field of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,12 +23,54 @@ pub(super) struct Field<'a> {
     pub(super) bytes: Option<&'a [u8]>,
 }
 
+impl Field<'_> {
+    /// A number of 32 bits, with or without a sign.
+    pub(super) fn number32(&self) -> u32 {
+        self.value as u32
+    }
+
+    /// A text. What is not UTF-8 in it is replaced.
+    pub(super) fn text(&self) -> String {
+        String::from_utf8_lossy(self.message()).into_owned()
+    }
+
+    /// Bytes, or a message within the message.
+    pub(super) fn message(&self) -> &[u8] {
+        self.bytes.unwrap_or_default()
+    }
+
+    /// Adds the numbers of a repeated field to `all`: one, or several packed together.
+    pub(super) fn numbers(&self, all: &mut Vec<u32>) -> Result<(), ImageError> {
+        let Some(mut packed) = self.bytes else {
+            all.push(self.number32());
+            return Ok(());
+        };
+        while !packed.is_empty() {
+            let number = varint(&mut packed).ok_or(ImageError::Format("a list that is not one"))?;
+            all.push(number as u32);
+        }
+        Ok(())
+    }
+}
+
 /// The records of an image of the kind `magic`.
 pub(super) fn records(
     mut image: &[u8],
     magic: u32,
 ) -> Result<impl Iterator<Item = Result<&[u8], ImageError>>, ImageError> {
-    if u32_le(&mut image) != Some(IMAGE_MAGIC) || u32_le(&mut image) != Some(magic) {
+    let of = u32_le(&mut image);
+    if of != Some(IMAGE_MAGIC) && of != Some(SERVICE_MAGIC) {
+        return Err(ImageError::Format("it is of another kind"));
+    }
+    bare_records(image, magic)
+}
+
+/// As [`records`], of an image without the magic of images: the inventory.
+pub(super) fn bare_records(
+    mut image: &[u8],
+    magic: u32,
+) -> Result<impl Iterator<Item = Result<&[u8], ImageError>>, ImageError> {
+    if u32_le(&mut image) != Some(magic) {
         return Err(ImageError::Format("it is of another kind"));
     }
     Ok(std::iter::from_fn(move || {
@@ -86,4 +130,44 @@ fn varint(message: &mut &[u8]) -> Option<u64> {
 
 fn u32_le(image: &mut &[u8]) -> Option<u32> {
     image.split_off(..4)?.try_into().map(u32::from_le_bytes).ok()
+}
+
+/// An image of the kind `magic`.
+#[cfg(test)]
+pub(super) fn image(magic: u32, records: &[Vec<u8>]) -> Vec<u8> {
+    let mut image = [IMAGE_MAGIC.to_le_bytes(), magic.to_le_bytes()].concat();
+    for record in records {
+        image.extend((record.len() as u32).to_le_bytes());
+        image.extend(record);
+    }
+    image
+}
+
+/// The other way, for tests that make images.
+#[cfg(test)]
+pub(super) mod encode {
+    fn varint(mut value: u64) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        while value > 0x7f {
+            bytes.push(value as u8 | 0x80);
+            value >>= 7;
+        }
+        bytes.push(value as u8);
+        bytes
+    }
+
+    /// A field that is a number.
+    pub(in super::super) fn number(field: u64, value: u64) -> Vec<u8> {
+        [varint(field << 3), varint(value)].concat()
+    }
+
+    /// A field that is a text, bytes or a message.
+    pub(in super::super) fn bytes(field: u64, value: &[u8]) -> Vec<u8> {
+        [&varint(field << 3 | 2), &varint(value.len() as u64), value].concat()
+    }
+
+    /// A message of `fields`.
+    pub(in super::super) fn message(fields: &[Vec<u8>]) -> Vec<u8> {
+        fields.concat()
+    }
 }
