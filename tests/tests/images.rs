@@ -196,7 +196,23 @@ fn what_is_refused_or_fails_changes_nothing() -> Result<()> {
     host.run("ferry restore named --id elsewhere --allow mounts")?;
     counts_on(host, "elsewhere")?;
     host.run("ferry restore named")?;
-    counts_on(host, "bound")
+    counts_on(host, "bound")?;
+
+    // Nor may its processes have what their container has not.
+    host.run(&format!(
+        "{run} --cap-add CAP_NET_ADMIN {BUSYBOX} strong sh -c '{COUNTS}'; \
+         ferry checkpoint strong power --exit; ctr task kill -s KILL counter"
+    ))?;
+    wait_for_status(host, "counter", "STOPPED")?;
+    for id in ["counter", "unknown"] {
+        let refusal = refused(host, &format!("ferry restore power --id {id}"))?;
+        ensure!(
+            refusal.contains("CAP_NET_ADMIN") && refusal.contains("--allow capabilities"),
+            "{refusal}"
+        );
+    }
+    host.run("ferry restore power")?;
+    counts_on(host, "strong")
 }
 
 #[test]

@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use ferry_oci::announce::Announcement;
 use ferry_oci::criu::DumpRecord;
+use ferry_oci::criu::images::{Folder, capabilities};
 use ferry_oci::paths;
 
 use super::archive;
@@ -132,6 +133,10 @@ impl Restore {
             Some((record, stdio)) => (record.clone(), reachable(stdio)),
             None => (self.record_of_image().await?, Stdio::default()),
         };
+        // CRIU gives processes back what they had, whatever the spec says.
+        let mut folder = Folder::open(&images).context("look into the images")?;
+        let had = capabilities(&mut folder).context("read the images")?;
+        spec::check_capabilities(&container.spec_json()?, had, &self.options.allowed)?;
         let (target, chain) = self.image(&mut container).await?;
         log::debug!("{} is based on {}", self.id, target.digest);
         let store = &self.store;

@@ -39,6 +39,50 @@ const DEFAULT_CAPABILITIES: [&str; 14] = [
     "CAP_KILL",
     "CAP_AUDIT_WRITE",
 ];
+/// All of them, in the kernel's order.
+const CAPABILITIES: [&str; 41] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_DAC_READ_SEARCH",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETPCAP",
+    "CAP_LINUX_IMMUTABLE",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_BROADCAST",
+    "CAP_NET_ADMIN",
+    "CAP_NET_RAW",
+    "CAP_IPC_LOCK",
+    "CAP_IPC_OWNER",
+    "CAP_SYS_MODULE",
+    "CAP_SYS_RAWIO",
+    "CAP_SYS_CHROOT",
+    "CAP_SYS_PTRACE",
+    "CAP_SYS_PACCT",
+    "CAP_SYS_ADMIN",
+    "CAP_SYS_BOOT",
+    "CAP_SYS_NICE",
+    "CAP_SYS_RESOURCE",
+    "CAP_SYS_TIME",
+    "CAP_SYS_TTY_CONFIG",
+    "CAP_MKNOD",
+    "CAP_LEASE",
+    "CAP_AUDIT_WRITE",
+    "CAP_AUDIT_CONTROL",
+    "CAP_SETFCAP",
+    "CAP_MAC_OVERRIDE",
+    "CAP_MAC_ADMIN",
+    "CAP_SYSLOG",
+    "CAP_WAKE_ALARM",
+    "CAP_BLOCK_SUSPEND",
+    "CAP_AUDIT_READ",
+    "CAP_PERFMON",
+    "CAP_BPF",
+    "CAP_CHECKPOINT_RESTORE",
+];
 /// File systems that show nothing of the host's files.
 const OWN_FILE_SYSTEMS: [&str; 7] =
     ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
@@ -92,6 +136,33 @@ pub(super) fn check(spec: &Value, allowed: &[Allowed]) -> Result<()> {
         "the checkpoint asks for {}: if you trust who made it, give {}",
         list.join(", "),
         flags.join(" ")
+    )
+}
+
+/// Refuses processes that have capabilities, a bit for each, which the container of `spec` has not.
+///
+/// # Errors
+/// With their names.
+pub(super) fn check_capabilities(spec: &Value, bits: u64, allowed: &[Allowed]) -> Result<()> {
+    if allowed.contains(&Allowed::Capabilities) || allowed.contains(&Allowed::All) {
+        return Ok(());
+    }
+    let sets = spec["process"]["capabilities"].as_object();
+    let given: Vec<&str> =
+        sets.into_iter().flat_map(|sets| sets.values()).flat_map(list).map(text).collect();
+    let has = |number: usize| bits & 1 << number != 0;
+    let more: Vec<_> = (0..64)
+        .filter(|number| has(*number))
+        .map(|number| CAPABILITIES.get(number).map_or("one that is unknown", |name| *name))
+        .filter(|name| !given.contains(name))
+        .collect();
+    if more.is_empty() {
+        return Ok(());
+    }
+    bail!(
+        "processes in the checkpoint have capabilities that the container has not ({}): if you trust who \
+         made it, give --allow capabilities",
+        more.join(", ")
     )
 }
 
@@ -309,6 +380,18 @@ mod tests {
             let others: Vec<_> = others.into_iter().filter(|other| *other != kind).collect();
             assert!(check(&spec, &others).is_err(), "{part}");
         }
+    }
+
+    #[test]
+    fn processes_have_no_more_than_their_container() {
+        let spec = harmless();
+        check_capabilities(&spec, 1 << 0 | 1 << 5, &[]).unwrap();
+        let error = check_capabilities(&spec, 1 << 0 | 1 << 21, &[]).unwrap_err().to_string();
+        assert!(error.contains("(CAP_SYS_ADMIN)"), "{error}");
+        assert!(check_capabilities(&spec, 1 << 63, &[Allowed::Mounts]).is_err());
+        check_capabilities(&spec, 1 << 21, &[Allowed::Capabilities]).unwrap();
+        assert_eq!(CAPABILITIES[40], "CAP_CHECKPOINT_RESTORE");
+        assert!(DEFAULT_CAPABILITIES.iter().all(|name| CAPABILITIES.contains(name)));
     }
 
     #[test]

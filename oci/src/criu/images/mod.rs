@@ -13,6 +13,7 @@
 //! of each other is no reason to read without end. Pages are never read but for command lines. The field
 //! numbers are those of CRIU's `images/*.proto`.
 
+mod capabilities;
 mod files;
 mod folder;
 mod memory;
@@ -26,6 +27,7 @@ use super::ImageError;
 use serde::Serialize;
 use std::io;
 
+pub use capabilities::capabilities;
 pub use files::{File, OpenFile};
 pub use folder::Folder;
 pub use memory::Memory;
@@ -35,6 +37,8 @@ pub use summary::{Inventory, Statistics};
 
 /// The longest image that is read, bytes. Those of a process with 1 TB in large pieces have some MB.
 pub const MOST_BYTES: u64 = 32 << 20;
+/// Magic of an image of a thread.
+const CORE_MAGIC: u32 = 0x5505_3847;
 /// The most processes.
 const MOST_PROCESSES: usize = 1 << 16;
 /// The most memory that the open files of all processes may take, bytes. The same file may be named

@@ -4,12 +4,11 @@ use super::super::decode::{fields, records};
 use super::super::{ImageError, Pagemap};
 use super::files::{self, OpenFile, Table};
 use super::memory::{Memory, Mm, words};
-use super::{MOST_FILE_BYTES, ReadError, Source, Span, image, must};
+use super::{CORE_MAGIC, MOST_FILE_BYTES, ReadError, Source, Span, image, must};
 use serde::Serialize;
 use std::collections::{BTreeMap, HashSet};
 
 const PSTREE_MAGIC: u32 = 0x5027_3030;
-const CORE_MAGIC: u32 = 0x5505_3847;
 const IDS_MAGIC: u32 = 0x5443_2030;
 /// Bytes of all command lines together, for the rest there are only names.
 const MOST_COMMANDS: usize = 16 << 20;
