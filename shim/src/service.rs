@@ -1,5 +1,6 @@
 //! The Task service: translates requests, and lets nothing be cancelled half-way.
 
+use crate::boot::Socket;
 use crate::container::{Container, CreateRequest, ExecRequest, Snapshot};
 use crate::containers::Containers;
 use crate::error::{Context as _, Error, Result};
@@ -22,11 +23,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// The Task service of this shim.
 pub(crate) struct Service {
     containers: Arc<Containers>,
+    socket: Arc<Socket>,
 }
 
 impl Service {
-    pub(crate) fn new(containers: Arc<Containers>) -> Self {
-        Self { containers }
+    pub(crate) fn new(containers: Arc<Containers>, socket: Arc<Socket>) -> Self {
+        Self { containers, socket }
     }
 
     fn get(&self, id: &str) -> Result<Arc<Container>> {
@@ -284,6 +286,8 @@ impl Task for Service {
     async fn shutdown(&self, _: &TtrpcContext, _: api::ShutdownRequest) -> TtrpcResult<api::Empty> {
         if self.containers.is_empty() {
             info!("shutdown asked for");
+            // Before the answer: who asks for another task then must not be sent here.
+            self.socket.remove();
             self.containers.exit.signal();
         }
         Ok(api::Empty::default())

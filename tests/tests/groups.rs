@@ -1,9 +1,11 @@
 //! Containers that share a shim: those of a pod, and those of a named group.
 
 use anyhow::{Result, ensure};
+use ferry_tests::by_hand::ByHand;
 use ferry_tests::ctr::{
     FERRY, IDLE, RUNTIMES, assert_nothing_left, remove, shims, start, status, wait_for_status,
 };
+use ferry_tests::task::{V3, api};
 use ferry_tests::{Host, task_lab};
 
 const GROUP: &str = "--annotation io.containerd.runc.v2.group=g";
@@ -138,6 +140,23 @@ fn what_takes_long_for_one_container_does_not_hold_up_another() -> Result<()> {
             remove(host, id)?;
         }
         check_what_is_left(host, runtime)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_shim_that_was_told_to_end_takes_no_further_container() -> Result<()> {
+    let lab = task_lab()?;
+    let hand = ByHand::on(lab.host("a"))?;
+    // Each ends in its own time after the answer.
+    for _ in 0..20 {
+        let shim = hand.shim("containerd-shim-ferry-v2", "t", V3)?;
+        let request = api::ShutdownRequest { id: "t".into(), ..Default::default() };
+        shim.task.call::<api::Empty>("Shutdown", &request)?;
+        // By it the next start would find this one.
+        ensure!(!shim.socket.exists(), "its socket is still there");
+        drop(shim);
+        hand.clear()?;
     }
     Ok(())
 }

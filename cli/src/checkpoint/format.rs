@@ -20,9 +20,9 @@ use crate::containerd::{Containerd, Descriptor};
 /// The index itself.
 pub(super) const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 /// CRIU's images.
-pub(super) const IMAGES: &str = "application/vnd.containerd.container.criu.checkpoint.criu.tar";
+pub(crate) const IMAGES: &str = "application/vnd.containerd.container.criu.checkpoint.criu.tar";
 /// The runtime spec.
-pub(super) const SPEC: &str = "application/vnd.containerd.container.checkpoint.config.v1+proto";
+pub(crate) const SPEC: &str = "application/vnd.containerd.container.checkpoint.config.v1+proto";
 /// The Task API's options of the dump.
 pub(super) const OPTIONS: &str = "application/vnd.containerd.container.checkpoint.options.v1+proto";
 /// Options of the container's runtime.
@@ -31,7 +31,7 @@ pub(super) const RUNTIME_OPTIONS: &str =
 /// The writable layer.
 pub(super) const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 /// Our [`Summary`].
-pub(super) const SUMMARY: &str = "application/vnd.ferry.checkpoint.v1+json";
+pub(crate) const SUMMARY: &str = "application/vnd.ferry.checkpoint.v1+json";
 
 /// Annotations of the index, and a label of the image, as containerd's clients know them.
 pub(super) const IMAGE_NAME: &str = "org.opencontainers.image.ref.name";

@@ -21,6 +21,7 @@ mod spec;
 
 pub(crate) use create::{Options as CreateOptions, run as create};
 pub(crate) use discard::run as discard;
+pub(crate) use format::{IMAGES, SPEC, SUMMARY};
 pub(crate) use push::run as push;
 pub(crate) use restore::{Options as RestoreOptions, run as restore};
 pub(crate) use spec::Allowed;

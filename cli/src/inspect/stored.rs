@@ -12,14 +12,9 @@ use tokio::runtime::Handle;
 use super::archive::{self, Archive, Open};
 use super::record::{Recorded, Spec};
 use super::report::{Part, Report, set};
+use crate::checkpoint::{IMAGES, SPEC, SUMMARY};
 use crate::containerd::{BlobReader, Containerd, Descriptor};
 
-/// CRIU's images.
-const IMAGES: &str = "application/vnd.containerd.container.criu.checkpoint.criu.tar";
-/// The container's spec, in a protobuf `Any`.
-const CONFIG: &str = "application/vnd.containerd.container.checkpoint.config.v1+proto";
-/// What ferry has written down.
-const RECORD: &str = "application/vnd.ferry.checkpoint.v1+json";
 /// What all media types of checkpoints begin with.
 const CHECKPOINT: &str = "application/vnd.containerd.container.";
 /// What annotations of checkpoints begin with.
@@ -82,8 +77,8 @@ pub(super) async fn read(containerd: &Containerd, name: &str) -> Result<Report> 
     report.parts = index.manifests.iter().map(part).collect();
     for part in &index.manifests {
         match part.blob.media_type.as_str() {
-            RECORD => report.recorded(json::<Recorded>(containerd, &part.blob.digest).await?),
-            CONFIG => {
+            SUMMARY => report.recorded(json::<Recorded>(containerd, &part.blob.digest).await?),
+            SPEC => {
                 let bytes = containerd.read_small_blob(&part.blob.digest, LONGEST).await?;
                 let packed = prost_types::Any::decode(bytes.as_slice());
                 let packed = packed.context("the spec in the checkpoint is not readable")?;

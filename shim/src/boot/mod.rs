@@ -20,6 +20,7 @@ mod serve;
 mod spec;
 mod start;
 
+pub(crate) use serve::Socket;
 pub(crate) use start::{ADDRESS, is_dead};
 
 use anyhow::{Result, bail, ensure};

@@ -19,6 +19,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -66,7 +67,7 @@ fn listener() -> Result<UnixListener> {
 }
 
 async fn serve(flags: &Flags, containerd: &str, listener: UnixListener) -> Result<()> {
-    let socket = Socket::of(&listener);
+    let socket = Arc::new(Socket::of(&listener));
     let exit = Arc::new(ExitSignal::default());
     exit_on_signal(exit.clone()).context("listen for signals")?;
     // The Go shim writes its stacks then: who asks for them must not end this one. A handler stays.
@@ -74,14 +75,14 @@ async fn serve(flags: &Flags, containerd: &str, listener: UnixListener) -> Resul
     let events = Arc::new(Events::start(containerd, &flags.namespace));
     let containers =
         Containers::new(&flags.namespace, Reaper::start()?, events.clone(), exit.clone());
-    let mut server = task_server(listener, Service::new(containers.clone()))?;
+    let mut server = task_server(listener, Service::new(containers.clone(), socket.clone()))?;
     server.start().await.context("serve the Task service")?;
     let _ferry = ferry::serve(containers)
         .await
         .inspect_err(|err| warn!("the Ferry service is not available: {err:#}"));
     info!("shim {} serves {}", std::process::id(), flags.id);
     exit.wait().await;
-    drop(socket);
+    socket.remove();
     events.flush(FLUSH).await;
     server.shutdown().await.context("end the Task service")
 }
@@ -96,23 +97,35 @@ fn task_server(listener: UnixListener, service: Service) -> Result<Server> {
 }
 
 /// The socket's file, which goes when nobody serves it any more.
-struct Socket(Option<PathBuf>);
+pub(crate) struct Socket {
+    path: Option<PathBuf>,
+    gone: AtomicBool,
+}
 
 impl Socket {
     fn of(listener: &UnixListener) -> Self {
         let address = listener.local_addr().ok();
-        Self(address.and_then(|address| address.as_pathname().map(Path::to_owned)))
+        let path = address.and_then(|address| address.as_pathname().map(Path::to_owned));
+        Self { path, gone: AtomicBool::new(false) }
     }
-}
 
-impl Drop for Socket {
-    fn drop(&mut self) {
-        if let Some(path) = &self.0
+    /// Nobody is sent here any more. What is there of another shim by then stays.
+    pub(crate) fn remove(&self) {
+        if self.gone.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        if let Some(path) = &self.path
             && let Err(err) = std::fs::remove_file(path)
             && err.kind() != std::io::ErrorKind::NotFound
         {
             warn!("remove the socket {}: {err}", path.display());
         }
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        self.remove();
     }
 }
 

@@ -102,11 +102,18 @@ impl Container {
             std::fs::create_dir_all(folder)
                 .context(format!("make the folder {}", folder.display()))?;
         }
+        // Asked once and kept: not while it stands still.
+        self.runtime.version().await;
         let silent = match params.leave_running {
             true => self.stand_still().await?,
             false => self.fall_silent(&mut params.options).await?,
         };
-        if let Err(err) = self.dump(&params).await {
+        // First without CRIU's version: of what has ended nothing may be lost that its restore needs.
+        let mut done = self.write_record(&params, String::new()).await;
+        if done.is_ok() {
+            done = self.dump(&params).await;
+        }
+        if let Err(err) = done {
             let err = self.dump_failed(err, &params.work).await;
             if let Some(silent) = silent {
                 silent.speak().await;
@@ -114,14 +121,15 @@ impl Container {
             return Err(err);
         }
         let criu = criu::version(&params.work.join(LOG)).ok().flatten();
-        let written = self.write_record(&params, criu.unwrap_or_default()).await;
+        if let Err(err) = self.write_record(&params, criu.unwrap_or_default()).await {
+            warn!("{err}");
+        }
         // What has ended stays silent.
         if params.leave_running
             && let Some(silent) = silent
         {
             silent.speak().await;
         }
-        written?;
         self.checkpointed(&params.images);
         Ok(())
     }
