@@ -15,7 +15,7 @@ pub fn capabilities(source: &mut dyn Source) -> Result<u64, ReadError> {
     let is_core = |name: &String| name.starts_with("core-") && name.ends_with(".img");
     let mut all = 0;
     for name in source.names().into_iter().filter(is_core) {
-        all |= must(source, &name, |image| of_core(image))?;
+        all |= must(source, &name, of_core)?;
     }
     Ok(all)
 }

@@ -121,13 +121,13 @@ impl Contents {
     /// # Errors
     /// The first image that is missing, too large or not what it should be.
     pub fn read(source: &mut dyn Source) -> Result<Self, ReadError> {
-        let inventory = image(source, "inventory.img", |image| Inventory::parse(image))?;
+        let inventory = image(source, "inventory.img", Inventory::parse)?;
         let inventory = inventory.ok_or(ReadError::NoImages)?;
-        let tree = must(source, "pstree.img", |image| process::tree(image))?;
+        let tree = must(source, "pstree.img", process::tree)?;
         if tree.len() > MOST_PROCESSES {
             return Err(ReadError::TooMany("pstree.img".to_owned(), MOST_PROCESSES));
         }
-        let table = image(source, "files.img", |image| files::table(image))?.unwrap_or_default();
+        let table = image(source, "files.img", files::table)?.unwrap_or_default();
         let processes = process::read(source, tree, &table)?;
         let names = source.names();
         let sum = |fits: &dyn Fn(&str) -> bool| {
@@ -146,14 +146,14 @@ impl Contents {
         };
         for name in &names {
             if name.starts_with("mountpoints-") && name.ends_with(".img") {
-                contents.mounts.extend(must(source, name, |image| mounts::parse(image))?);
+                contents.mounts.extend(must(source, name, mounts::parse)?);
             }
             if name.starts_with("utsns-") && name.ends_with(".img") {
-                contents.hostname = must(source, name, |image| summary::hostname(image))?;
+                contents.hostname = must(source, name, summary::hostname)?;
             }
         }
         contents.statistics =
-            image(source, "stats-dump", |image| Statistics::parse(image))?.flatten();
+            image(source, "stats-dump", Statistics::parse)?.flatten();
         Ok(contents)
     }
 }
