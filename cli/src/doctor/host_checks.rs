@@ -93,8 +93,11 @@ fn programs(host: &Host, found: &mut Findings) {
     }
 }
 
+/// Its first two numbers.
+type Version = (u32, u32);
+
 /// Which criu each kernel needs at least, and what goes wrong without.
-const NEEDS: [((u32, u32), (u32, u32), &str); 3] = [
+const NEEDS: [(Version, Version, &str); 3] = [
     ((6, 16), (4, 2), "cannot dump sockets (Can't get 1:16 opt)"),
     ((6, 13), (4, 1), "cannot dump any process (vvar_vclock)"),
     ((5, 18), (3, 17), "cannot dump what uses restartable sequences, as glibc does"),
@@ -119,7 +122,7 @@ fn criu(version: &str, host: &Host, found: &mut Findings) {
 }
 
 /// The first two parts of a version.
-fn number(version: &str) -> (u32, u32) {
+fn number(version: &str) -> Version {
     let mut parts =
         version.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse().unwrap_or(0));
     (parts.next().unwrap_or(0), parts.next().unwrap_or(0))

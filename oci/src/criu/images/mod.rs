@@ -152,8 +152,7 @@ impl Contents {
                 contents.hostname = must(source, name, summary::hostname)?;
             }
         }
-        contents.statistics =
-            image(source, "stats-dump", Statistics::parse)?.flatten();
+        contents.statistics = image(source, "stats-dump", Statistics::parse)?.flatten();
         Ok(contents)
     }
 }
