@@ -1,15 +1,41 @@
 # shellcheck shell=bash
-# The table of what ferry and the reference answer: tests add rows to it (see ferry_tests::table).
+# The tables of what ferry and the reference answer, and of what survives a checkpoint: tests add rows
+# to them (see ferry_tests::table).
 # shellcheck disable=SC2154  # log is count.sh's
 
-# Where the tests find it.
+# Where the tests find them.
 table_start() {
     FERRY_TABLE=$(mktemp)
-    export FERRY_TABLE
-    trap 'rm -f "$log" "$FERRY_TABLE"' EXIT
+    FERRY_SURVIVORS=$(mktemp)
+    export FERRY_TABLE FERRY_SURVIVORS
+    trap 'rm -f "$log" "$FERRY_TABLE" "$FERRY_SURVIVORS"' EXIT
 }
 
-# Prints it, for each containerd in the order of areas and of what was done in them.
+# Prints what survives, if that was tried.
+table_survivors() {
+    [ -s "${FERRY_SURVIVORS:-}" ] || return 0
+    echo
+    {
+        echo "survives a checkpoint|on the same host|from host to host|reference, on the same host"
+        LC_ALL=C sort "$FERRY_SURVIVORS"
+    } | awk -F'|' '
+        {
+            for (n = 1; n <= 4; n++) {
+                cell[NR, n] = $n
+                if (length($n) > width[n]) width[n] = length($n)
+            }
+        }
+        END {
+            for (row = 1; row <= NR; row++) {
+                line = ""
+                for (n = 1; n <= 4; n++) line = line sprintf("%-*s  ", width[n], cell[row, n])
+                sub(/ +$/, "", line)
+                print line
+            }
+        }'
+}
+
+# Prints the first, for each containerd in the order of areas and of what was done in them.
 table_show() {
     [ -s "${FERRY_TABLE:-}" ] || return 0
     echo

@@ -17,11 +17,11 @@ use crate::lab::Lab;
 use crate::{base, cache, layers, prereq, sweep};
 
 /// Raised when the recipes below change.
-const RECIPE: &str = "4";
+const RECIPE: &str = "5";
 /// Sources of the workloads; each uses nothing but the standard library.
 const SOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/bin");
 /// The workloads that are compiled for the images.
-const WORKLOADS: [&str; 2] = ["ferry-echo", "ferry-memory"];
+const WORKLOADS: [&str; 3] = ["ferry-echo", "ferry-memory", "ferry-survive"];
 
 /// How one image is made.
 struct Recipe {
@@ -80,6 +80,13 @@ const RECIPES: &[Recipe] = &[
         workload: Some("ferry-memory"),
         busybox: false,
         command: &["ferry-memory", "check"],
+    },
+    Recipe {
+        name: "survive",
+        paths: &[],
+        workload: Some("ferry-survive"),
+        busybox: false,
+        command: &["ferry-survive", "pipes"],
     },
 ];
 

@@ -22,7 +22,7 @@ use tokio::time::{sleep, timeout};
 use super::Container;
 use super::checkpoint::{self, CheckpointParams, explain};
 use super::relay::{Line, Relay};
-use super::restore::{Attempt, Held, Holder, RestoreParams};
+use super::restore::{Attempt, Env, Held, Holder, RestoreParams};
 use crate::error::{Context as _, Error, Result};
 use crate::runtime::Running;
 use crate::state::{Op, admit};
@@ -60,8 +60,6 @@ pub(crate) struct Extras {
     /// CRIU's code is read ahead.
     pub(crate) warm: bool,
 }
-
-type Env = Vec<(&'static str, PathBuf)>;
 
 impl Extras {
     /// Puts the fast tar into the folder that is first in runc's `PATH`.

@@ -1,7 +1,8 @@
 //! Restoring a container: at once, or held at CRIU's post-restore until somebody has decided.
 
 use super::checkpoint::{explain, utf8};
-use super::relay::Line;
+use super::network::Network;
+use super::relay::{Line, Relay};
 use super::{Container, read_pid};
 use crate::error::{Context as _, Error, Result};
 use crate::io::ProcessIo;
@@ -29,6 +30,9 @@ const TASKS: Duration = Duration::from_secs(2);
 const BETWEEN: Duration = Duration::from_millis(20);
 /// Exit code of a task that was never restored.
 const NEVER_RAN: u32 = 128 + 9;
+
+/// What is added to runc's environment.
+pub(super) type Env = Vec<(&'static str, PathBuf)>;
 
 /// A restore.
 pub(crate) struct RestoreParams {
@@ -105,7 +109,9 @@ impl Container {
         admit(self.snapshot().status, Op::Restore)?;
         let deadline = params.deadline;
         let silent = self.stay_silent(&params.images).await?;
-        let mut attempt = self.begin(&params, None, &[])?;
+        let watched = self.watch_network(&params)?;
+        let env = watched.as_ref().map(|(_, env)| env.as_slice()).unwrap_or_default();
+        let mut attempt = self.begin(&params, None, env)?;
         let result = match attempt.runc.wait(deadline).await {
             Ok(()) => self.connect_terminal().await.and_then(|()| read_pid(&self.init_pid_file())),
             Err(err) => Err(explain(err, "restore", &attempt.log)),
@@ -124,6 +130,20 @@ impl Container {
                 Err(err)
             }
         }
+    }
+
+    /// A line to CRIU that brings up the loopback device of the network namespace that it makes, and what
+    /// runc's environment needs for it; none where it makes no namespace.
+    fn watch_network(&self, params: &RestoreParams) -> Result<Option<(Line, Env)>> {
+        if Network::of(&self.bundle)? != Network::Private {
+            return Ok(None);
+        }
+        std::fs::create_dir_all(&params.work).context("make the work folder")?;
+        let relay = Relay::listen(&params.images, &params.work)?;
+        let env = relay.env(None);
+        let line = relay.start(true, None);
+        line.go();
+        Ok(Some((line, env)))
     }
 
     /// Restores up to CRIU's post-restore and holds it there: memory, files and sockets are back,
