@@ -55,17 +55,16 @@ survive! {
     interval_timers: PLAIN,
     posix_timers: PLAIN,
     timerfd: PLAIN,
-    // It has gone off and nobody has asked since: the kernel says that nothing is left of it, and CRIU
-    // does not start it again.
+    // What has gone off is still read once, and then it stands still.
     timerfd_expired: Item { lost: Some("read it once more"), ..PLAIN },
     eventfd: PLAIN,
-    // CRIU makes a plain one.
+    // It comes back as a plain counter.
     eventfd_semaphore: Item { lost: Some("the first number is 2"), ..PLAIN },
     signalfd: PLAIN,
     epoll: PLAIN,
     inotify_tmpfs: PLAIN,
     inotify_bind: PLAIN,
-    // The kernel gives no handles of files on overlay without an option of the mount.
+    // CRIU can do nothing with the handle of a folder on an overlay.
     inotify_root: Item { lost: Some("criu/fsnotify.c"), ..PLAIN },
     pending_signals: PLAIN,
     signal_handlers: PLAIN,
@@ -81,7 +80,7 @@ survive! {
     rlimits: PLAIN,
     scheduling: PLAIN,
     cgroup_limits: Item { limits: true, ..PLAIN },
-    // runc mounts the group of its own in the place of the container's, with cgroup v1.
+    // With cgroup v1 the container sees the host's first group after a restore, and not its own.
     cgroup_files: Item { limits: true, lost: Some("pids/pids.max max"), ..PLAIN },
     dev_shm: PLAIN,
     tmpfs: PLAIN,

@@ -121,9 +121,13 @@ pub(crate) fn cgroup_files(turn: &mut Turn) -> Done {
         let there = FILES.iter().filter(|name| root.join(name).exists());
         let read =
             |name: &&str| Ok(format!("{name} {}", fs::read_to_string(root.join(name))?.trim()));
+        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+        // Which group is mounted there, and where.
+        let shown = |line: &str| line.split(' ').skip(3).take(2).collect::<Vec<_>>().join(" at ");
         let mine = fs::read_to_string("/proc/self/cgroup")?;
         let mut all = there.map(read).collect::<Result<Vec<_>, Wrong>>()?;
         all.extend(mine.lines().map(str::to_owned));
+        all.extend(mounts.lines().filter(|l| l.contains("/sys/fs/cgroup/")).map(shown));
         Ok(all)
     };
     let pids = most()?;
