@@ -1,7 +1,7 @@
 //! `ferry restore`: a container from a checkpoint.
 //!
 //! A container whose record is here, and that does not run, is restored as that record says. Any other
-//! is made from the image, of which nothing is taken that names this host (see [`spec`](super::spec)).
+//! is made from the image, of which nothing is taken that names this host (see [`spec`]).
 //! If it fails, everything is as before.
 
 use std::net::IpAddr;
