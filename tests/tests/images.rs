@@ -211,6 +211,8 @@ fn what_is_refused_or_fails_changes_nothing() -> Result<()> {
             "{refusal}"
         );
     }
+    // What has ended is there as before, task and all.
+    wait_for_status(host, "counter", "STOPPED")?;
     host.run("ferry restore power")?;
     counts_on(host, "strong")
 }

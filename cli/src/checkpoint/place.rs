@@ -130,7 +130,7 @@ async fn settle(containerd: &Containerd, id: &str, folder: &Path) -> Result<()> 
     fs::remove_dir_all(folder).context("remove it")
 }
 
-/// Gives a container that was there before its snapshot back.
+/// Gives a container that was there before its snapshot back, if it has lost it.
 ///
 /// # Errors
 /// When its new task does not end, or containerd refuses.
@@ -139,8 +139,8 @@ pub(super) async fn undo(containerd: &Containerd, plan: &Plan) -> Result<()> {
     const PATIENCE: Duration = Duration::from_secs(20);
     let Some((_, key)) = &plan.snapshot else { return Ok(()) };
     let container = &plan.container;
-    containerd.end_task(container, PATIENCE).await?;
     if containerd.container(container).await?.is_some_and(|c| c.snapshot_key != *key) {
+        containerd.end_task(container, PATIENCE).await?;
         containerd.set_snapshot(container, key).await?;
     }
     Ok(())

@@ -156,8 +156,9 @@ impl Restore {
         }
         match &self.there {
             Some(_) => {
-                store.containerd().delete_task(&self.id).await?;
+                // First the snapshot: by it an undo sees that something has changed.
                 store.containerd().set_snapshot(&self.id, key).await?;
+                store.containerd().delete_task(&self.id).await?;
             }
             None => store.create_container(&container).await?,
         }
@@ -315,7 +316,8 @@ impl Restore {
                 log::warn!("{error}");
             }
         }
-        cleanup::keep(&self.store).await?;
+        let kept = cleanup::keep(&self.store).await;
+        kept.with_context(|| format!("{} runs, but what it needs may not stay", self.id))?;
         match json {
             true => println!("{}", serde_json::json!({ "id": self.id, "pid": pid })),
             false => println!("{}", self.id),
