@@ -27,6 +27,8 @@ use crate::wire::stream;
 
 /// How long the container may stand still at least, before its size counts.
 const FREEZE: Duration = Duration::from_secs(120);
+/// How much longer where a layer can only be made while it stands still.
+const FILES: Duration = Duration::from_secs(1800);
 /// Slowest disk that the limit allows for, bytes per second.
 const SLOWEST: u64 = 8 << 20;
 
@@ -53,12 +55,15 @@ struct Source {
     options: Options,
     record: ContainerRecord,
     image: Image,
+    /// What that consists of.
+    blobs: Vec<Blob>,
     chain: String,
     shim: Shim,
     store: Destination,
     files: Files,
     place: Place,
     limit: Duration,
+    frozen_at: Option<Instant>,
 }
 
 /// What was made of it.
@@ -95,7 +100,11 @@ pub(crate) async fn run(options: Options) -> Result<()> {
         Err(error) => return Err(source.undo(error).await),
     };
     // From here on the image stays, whatever becomes of this process: before the container ends.
-    if let Err(error) = cleanup::keep(&source.store).await {
+    let kept = match exit.then(|| source.still_frozen()) {
+        Some(Err(error)) => Err(error),
+        _ => cleanup::keep(&source.store).await,
+    };
+    if let Err(error) = kept {
         return Err(source.undo(error).await);
     }
     if exit {
@@ -130,21 +139,51 @@ impl Source {
         let parent = containerd.snapshot(&record.snapshotter, &record.snapshot_key).await?;
         let parent = parent.map(|snapshot| snapshot.parent);
         let content = containerd.image_content(&image.target, parent.as_deref()).await?;
-        let chain = content.chain_id().to_owned();
+        let (chain, blobs) = (content.chain_id().to_owned(), content.blobs.clone());
         let files = Files::of(containerd.writable_layer(&record, &chain).await, &record)?;
         let pids = shim.describe().await?.pids;
         let limit =
             FREEZE + Duration::from_secs(pids.into_iter().map(resident).sum::<u64>() / SLOWEST);
+        // All of its files are read while it stands still.
+        let limit = if files.stand_still() { limit + FILES } else { limit };
         let place = Place::make(&containerd, &address.namespace, &id).await?;
         let store = containerd.destination(&id)?;
-        Ok(Self { id, options, record, image, chain, shim, store, files, place, limit })
+        Ok(Self {
+            id,
+            options,
+            record,
+            image,
+            blobs,
+            chain,
+            shim,
+            store,
+            files,
+            place,
+            limit,
+            frozen_at: None,
+        })
+    }
+
+    /// By its limit the shim has thawed it, and what was read later is of another moment.
+    fn still_frozen(&self) -> Result<()> {
+        let over = self.frozen_at.is_some_and(|at| at.elapsed() >= self.limit);
+        ensure!(!over, "it stood still for {} s, which is its limit", self.limit.as_secs());
+        Ok(())
     }
 
     /// Everything up to the image. With `exit` the container stands still afterwards; else it runs.
     async fn make(&mut self, name: &str) -> Result<Made> {
         let (images, looks) = (self.place.folder("images")?, self.place.folder("files")?);
+        // From here on the collector leaves the container's image alone, whatever becomes of its name.
+        let missing = self.store.missing(&self.blobs).await?;
+        ensure!(
+            missing.is_empty(),
+            "the image {} has lost parts: pull it again",
+            self.record.image
+        );
         self.files.look(Pass::Live, &looks).await?;
         let start = Instant::now();
+        self.frozen_at = Some(start);
         let limit_s = u32::try_from(self.limit.as_secs()).unwrap_or(u32::MAX);
         let freeze = FreezeRequest {
             migration: self.id.clone(),
@@ -160,6 +199,7 @@ impl Source {
         if self.files.stand_still() {
             layer = self.layer(&looks).await?;
         }
+        self.still_frozen()?;
         let mut statistics = Statistics { dump_us: dumped, ..Statistics::default() };
         if !self.options.exit {
             self.shim.thaw(&self.id).await?;
@@ -300,7 +340,7 @@ impl Source {
     }
 
     /// The container runs on, and nothing is left.
-    async fn undo(&self, error: anyhow::Error) -> anyhow::Error {
+    async fn undo(&mut self, error: anyhow::Error) -> anyhow::Error {
         let error = match self.shim.thaw(&self.id).await {
             Ok(()) => error.context(format!("{} runs as before", self.options.container)),
             Err(thaw) => {
@@ -309,7 +349,10 @@ impl Source {
         };
         match cleanup::remove(&self.store, None).await {
             Ok(()) => error,
-            Err(left) => error.context(format!("{left:#}")),
+            Err(left) => {
+                self.place.leave();
+                error.context(format!("{left:#}: the next ferry checkpoint or restore tries again"))
+            }
         }
     }
 }

@@ -11,11 +11,11 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use ferry_oci::criu::DumpOptions;
 use serde::{Deserialize, Serialize};
 
-use crate::containerd::{Containerd, Descriptor};
+use crate::containerd::{Containerd, Descriptor, Image};
 
 /// The index itself.
 pub(super) const INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -135,15 +135,22 @@ impl Checkpoint {
     pub(super) async fn open(containerd: &Containerd, name: &str) -> Result<Self> {
         let image = containerd.image(name).await?;
         let image = image.with_context(|| format!("there is no checkpoint {name}"))?;
-        ensure!(image.target.media_type == INDEX, "the image {name} is no checkpoint");
+        let found = Self::find(containerd, &image).await?;
+        found.with_context(|| format!("the image {name} is no checkpoint"))
+    }
+
+    /// The checkpoint that `image` is, if it is one.
+    ///
+    /// # Errors
+    /// When its index cannot be read.
+    pub(super) async fn find(containerd: &Containerd, image: &Image) -> Result<Option<Self>> {
+        if image.target.media_type != INDEX {
+            return Ok(None);
+        }
         let bytes = containerd.read_small_blob(&image.target.digest, MAX_JSON).await?;
         let index: Index = serde_json::from_slice(&bytes)
-            .with_context(|| format!("the image {name} is no checkpoint"))?;
-        ensure!(
-            index.part(IMAGES).is_some(),
-            "the image {name} is no checkpoint: it has no images of CRIU"
-        );
-        Ok(Self { index })
+            .with_context(|| format!("decode the index of {}", image.name))?;
+        Ok(Some(Self { index }).filter(|checkpoint| checkpoint.index.part(IMAGES).is_some()))
     }
 
     /// Our summary, if it has one.

@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::agent::cleanup;
-use crate::containerd::{Containerd, TaskStatus};
+use crate::containerd::{Containerd, Destination as Store, TaskStatus};
 use crate::lock::{self, Lock};
 use crate::network::address::Cidr;
 
@@ -20,11 +20,14 @@ use crate::network::address::Cidr;
 const PLACES: &str = "/var/lib/ferry/checkpoints";
 /// What a restore changes, in its folder.
 const PLAN: &str = "restore.json";
+/// There once the restored container has started.
+const STARTED: &str = "started";
 
 /// A folder that goes with its owner.
 #[derive(Debug)]
 pub(super) struct Place {
     path: PathBuf,
+    leave: bool,
     _lock: Lock,
 }
 
@@ -33,8 +36,10 @@ pub(super) struct Place {
 pub(super) struct Plan {
     /// The container.
     pub(super) container: String,
-    /// The snapshot that it had, if it was there before.
+    /// The snapshot that it had, if it was there before: snapshotter and key.
     pub(super) snapshot: Option<(String, String)>,
+    /// Key of the one that it gets.
+    pub(super) own: String,
     /// The address that is to come.
     pub(super) ip: Option<Cidr>,
 }
@@ -50,7 +55,7 @@ impl Place {
         let path = Path::new(PLACES).join(format!("{namespace}.{id}"));
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&path);
         made.with_context(|| format!("make {}", path.display()))?;
-        Ok(Self { path, _lock: lock })
+        Ok(Self { path, leave: false, _lock: lock })
     }
 
     /// The folder `name` in it, made if missing.
@@ -71,10 +76,25 @@ impl Place {
         let bytes = serde_json::to_vec(plan).context("write down what is to change")?;
         fs::write(self.path.join(PLAN), bytes).context("write down what is to change")
     }
+
+    /// From now on the restored container is nothing to undo, whatever becomes of it.
+    pub(super) fn started(&self) {
+        if let Err(error) = fs::write(self.path.join(STARTED), "") {
+            log::warn!("write down that the container has started: {error}");
+        }
+    }
+
+    /// Leaves the folder to the next command, which settles what could not be undone.
+    pub(super) fn leave(&mut self) {
+        self.leave = true;
+    }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
+        if self.leave {
+            return;
+        }
         if let Err(error) = fs::remove_dir_all(&self.path) {
             log::warn!("remove {}: {error}", self.path.display());
         }
@@ -109,18 +129,12 @@ async fn settle(containerd: &Containerd, id: &str, folder: &Path) -> Result<()> 
     match plan {
         None => cleanup::remove(&store, None).await?,
         Some(plan) => {
-            let container = &plan.container;
-            let task = containerd.task(container).await?;
-            if task.is_some_and(|task| task.status == TaskStatus::Running) {
-                if let Some((snapshotter, key)) = &plan.snapshot
-                    && containerd
-                        .container(container)
-                        .await?
-                        .is_some_and(|c| c.snapshot_key != *key)
-                {
-                    containerd.remove_snapshot(snapshotter, key).await?;
-                }
-                cleanup::keep(&store).await?;
+            let task = containerd.task(&plan.container).await?;
+            let lives = task.is_some_and(|task| {
+                !matches!(task.status, TaskStatus::Created | TaskStatus::Stopped)
+            });
+            if lives || folder.join(STARTED).exists() {
+                keep(containerd, &store, &plan).await?;
             } else {
                 undo(containerd, &plan).await?;
                 cleanup::remove(&store, plan.ip).await?;
@@ -130,6 +144,19 @@ async fn settle(containerd: &Containerd, id: &str, folder: &Path) -> Result<()> 
     fs::remove_dir_all(folder).context("remove it")
 }
 
+/// Makes permanent what a restore has made; the snapshot that its container had before goes.
+///
+/// # Errors
+/// When containerd refuses.
+pub(super) async fn keep(containerd: &Containerd, store: &Store, plan: &Plan) -> Result<()> {
+    cleanup::keep(store).await?;
+    let Some((snapshotter, key)) = &plan.snapshot else { return Ok(()) };
+    match containerd.container(&plan.container).await? {
+        Some(container) if container.snapshot_key == *key => Ok(()),
+        _ => Ok(containerd.remove_snapshot(snapshotter, key).await?),
+    }
+}
+
 /// Gives a container that was there before its snapshot back, if it has lost it.
 ///
 /// # Errors
@@ -137,11 +164,11 @@ async fn settle(containerd: &Containerd, id: &str, folder: &Path) -> Result<()> 
 pub(super) async fn undo(containerd: &Containerd, plan: &Plan) -> Result<()> {
     /// How long processes may take to end.
     const PATIENCE: Duration = Duration::from_secs(20);
-    let Some((_, key)) = &plan.snapshot else { return Ok(()) };
+    let Some((snapshotter, key)) = &plan.snapshot else { return Ok(()) };
     let container = &plan.container;
-    if containerd.container(container).await?.is_some_and(|c| c.snapshot_key != *key) {
+    if containerd.container(container).await?.is_some_and(|c| c.snapshot_key == plan.own) {
         containerd.end_task(container, PATIENCE).await?;
         containerd.set_snapshot(container, key).await?;
     }
-    Ok(())
+    Ok(containerd.release_snapshot(snapshotter, key).await?)
 }

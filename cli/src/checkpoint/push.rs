@@ -96,7 +96,7 @@ fn id(target: &Descriptor) -> String {
 
 /// Everything that `image` consists of, what is referred to first.
 async fn blobs(containerd: &Containerd, image: &Image) -> Result<Vec<Blob>> {
-    let Ok(checkpoint) = Checkpoint::open(containerd, &image.name).await else {
+    let Some(checkpoint) = Checkpoint::find(containerd, image).await? else {
         return Ok(containerd.image_content(&image.target, None).await?.blobs);
     };
     let summary = checkpoint.summary(containerd).await?;

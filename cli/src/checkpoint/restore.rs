@@ -87,9 +87,10 @@ pub(crate) async fn run(options: Options) -> Result<()> {
     let _driver = lock::take(&name, Duration::ZERO)
         .await
         .with_context(|| format!("{id} is being moved or restored"))?;
-    let there = there(&containerd, &id).await?;
     let work = new_id();
+    // First of all: it settles what a command has left that was killed.
     let place = Place::make(&containerd, &at.namespace, &work).await?;
+    let there = there(&containerd, &id).await?;
     let store = containerd.destination(&work)?;
     store.create_lease().await?;
     let json = options.json;
@@ -140,10 +141,7 @@ impl Restore {
         let (target, chain) = self.image(&mut container).await?;
         log::debug!("{} is based on {}", self.id, target.digest);
         let store = &self.store;
-        container.snapshot_key = match &self.there {
-            Some(_) => format!("{}-{}", self.id, store.migration()),
-            None => self.id.clone(),
-        };
+        container.snapshot_key = self.plan().own;
         let (snapshotter, key) = (&container.snapshotter, &container.snapshot_key);
         let layer = self.checkpoint.index.part(format::LAYER);
         let kind = match (layer, &self.summary) {
@@ -155,7 +153,10 @@ impl Restore {
             store.apply(layer, &mounts).await?;
         }
         match &self.there {
-            Some(_) => {
+            Some((before, _)) => {
+                // Nothing refers to it until this is done or undone.
+                let (snapshotter, old) = (&before.snapshotter, &before.snapshot_key);
+                store.containerd().hold_snapshot(snapshotter, old).await?;
                 // First the snapshot: by it an undo sees that something has changed.
                 store.containerd().set_snapshot(&self.id, key).await?;
                 store.containerd().delete_task(&self.id).await?;
@@ -176,6 +177,10 @@ impl Restore {
         let before = self.there.as_ref().map(|(record, _)| record.clone());
         Plan {
             container: self.id.clone(),
+            own: match before {
+                Some(_) => format!("{}-{}", self.id, self.store.migration()),
+                None => self.id.clone(),
+            },
             snapshot: before.map(|before| (before.snapshotter, before.snapshot_key)),
             ip: self.options.ip,
         }
@@ -251,7 +256,7 @@ impl Restore {
         {
             record.snapshotter.clone_from(snapshotter);
         }
-        let mut spec = record.spec_json()?;
+        let mut spec = spec::canonical(&record.spec.value)?;
         spec::check(&spec, &self.options.allowed)?;
         spec::localize(&mut spec, &self.options.containerd.namespace, &self.id);
         record.set_spec_json(&spec);
@@ -293,7 +298,9 @@ impl Restore {
             address.announcement.send().with_context(|| format!("announce {}", address.cidr))?;
             address.held.open()?;
         }
-        Ok(self.store.start_task(&self.id).await?)
+        let pid = self.store.start_task(&self.id).await?;
+        self.place.started();
+        Ok(pid)
     }
 
     /// It runs: what fails from here on does not change that.
@@ -309,14 +316,10 @@ impl Restore {
                 log::warn!("remove the rules of {cidr}: {error:#}");
             }
         }
-        if let Some((before, _)) = &self.there {
-            let containerd = self.store.containerd();
-            let gone = containerd.remove_snapshot(&before.snapshotter, &before.snapshot_key).await;
-            if let Err(error) = gone {
-                log::warn!("{error}");
-            }
+        let kept = place::keep(self.store.containerd(), &self.store, &self.plan()).await;
+        if kept.is_err() {
+            self.place.leave();
         }
-        let kept = cleanup::keep(&self.store).await;
         kept.with_context(|| format!("{} runs, but what it needs may not stay", self.id))?;
         match json {
             true => println!("{}", serde_json::json!({ "id": self.id, "pid": pid })),
@@ -342,10 +345,12 @@ impl Restore {
             left.push(format!("{error:#}"));
         }
         let error = error.context(format!("{} was not restored", self.id));
-        match left.is_empty() {
-            true => error,
-            false => error.context(left.join("; ")),
+        if left.is_empty() {
+            return error;
         }
+        self.place.leave();
+        let text = format!("{}: the next ferry checkpoint or restore tries again", left.join("; "));
+        error.context(text)
     }
 }
 

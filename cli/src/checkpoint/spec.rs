@@ -1,8 +1,9 @@
 //! What a checkpoint from elsewhere may ask of this host. A container whose record is here is restored
 //! with that; of an image's spec nothing is taken that names the host, unless it is allowed by hand.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
+use oci_spec::runtime::Spec;
 use serde_json::{Value, json};
 
 /// What may be allowed.
@@ -88,6 +89,10 @@ const OWN_FILE_SYSTEMS: [&str; 7] =
     ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
 /// Those of them that must not be written.
 const READ_ONLY: [&str; 3] = ["sysfs", "cgroup", "cgroup2"];
+/// What must be hidden of it, and what must not be written.
+const MASKED: [&str; 4] = ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/sys/firmware"];
+const PROTECTED: [&str; 5] =
+    ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 /// Files of the host that containers see by default.
 const HOST_FILES: [&str; 2] = ["/etc/hosts", "/etc/resolv.conf"];
 /// Namespaces that a container has of its own.
@@ -112,6 +117,17 @@ const OPEN_TCP: &str = "io.ferry.open-tcp";
 struct Want {
     kind: Allowed,
     what: String,
+}
+
+/// A spec with the fields that the OCI has, of the types that they have, and no others: runc would take a
+/// field in any case of letters, and nobody would have looked at it.
+///
+/// # Errors
+/// When it is none.
+pub(super) fn canonical(bytes: &[u8]) -> Result<Value> {
+    let spec: Spec = serde_json::from_slice(bytes).context("decode the checkpoint's spec")?;
+    ensure!(spec.linux().is_some(), "the checkpoint's spec is not one for Linux");
+    serde_json::to_value(&spec).context("write the spec")
 }
 
 /// Refuses a spec that asks for more than is allowed.
@@ -196,8 +212,8 @@ fn want(found: &mut Vec<Want>, kind: Allowed, what: String) {
     }
 }
 
-fn list(value: &Value) -> impl Iterator<Item = &Value> {
-    value.as_array().into_iter().flatten()
+fn list(value: &Value) -> std::slice::Iter<'_, Value> {
+    value.as_array().map(Vec::as_slice).unwrap_or_default().iter()
 }
 
 fn text(value: &Value) -> &str {
@@ -207,13 +223,19 @@ fn text(value: &Value) -> &str {
 fn mounts(spec: &Value, found: &mut Vec<Want>) {
     for mount in list(&spec["mounts"]) {
         let has = |name: &str| list(&mount["options"]).any(|option| option == name);
+        // The last one counts.
+        let mut access =
+            list(&mount["options"]).map(text).filter(|option| ["ro", "rw"].contains(option));
+        let read_only = access.next_back() == Some("ro");
         let (kind, source) = (text(&mount["type"]), text(&mount["source"]));
         let bind = kind == "bind" || has("bind") || has("rbind");
-        if bind && HOST_FILES.contains(&source) && has("ro") {
+        if bind && HOST_FILES.contains(&source) && read_only {
             continue;
         }
         let own = !bind && OWN_FILE_SYSTEMS.contains(&kind);
-        if !own || READ_ONLY.contains(&kind) && !has("ro") {
+        // Another one would be neither masked nor protected.
+        let second = kind == "proc" && text(&mount["destination"]) != "/proc";
+        if !own || second || READ_ONLY.contains(&kind) && !read_only {
             let what = format!("the mount of {source} ({kind}) at {}", text(&mount["destination"]));
             want(found, Allowed::Mounts, what);
         }
@@ -222,9 +244,11 @@ fn mounts(spec: &Value, found: &mut Vec<Want>) {
     if propagation.contains("shared") {
         want(found, Allowed::Mounts, format!("{propagation} mounts"));
     }
-    for (key, what) in [("maskedPaths", "masks"), ("readonlyPaths", "protects")] {
-        if list(&spec["linux"][key]).next().is_none() {
-            want(found, Allowed::Mounts, format!("a /proc that nothing {what}"));
+    for (key, paths) in [("maskedPaths", &MASKED[..]), ("readonlyPaths", &PROTECTED[..])] {
+        for path in
+            paths.iter().filter(|path| !list(&spec["linux"][key]).any(|there| there == *path))
+        {
+            want(found, Allowed::Mounts, format!("an open {path}"));
         }
     }
 }
@@ -295,7 +319,8 @@ mod tests {
         json!({
             "ociVersion": "1.1.0",
             "root": {"path": "rootfs"},
-            "process": {"capabilities": {"bounding": ["CAP_CHOWN", "CAP_KILL"]}},
+            "process": {"cwd": "/", "user": {"uid": 0, "gid": 0},
+                        "capabilities": {"bounding": ["CAP_CHOWN", "CAP_KILL"]}},
             "mounts": [
                 {"destination": "/proc", "type": "proc", "source": "proc"},
                 {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["ro"]},
@@ -311,8 +336,8 @@ mod tests {
                     {"allow": true, "type": "c", "major": 136, "access": "rwm"},
                     {"allow": true, "type": "b", "access": "m"},
                 ]},
-                "maskedPaths": ["/proc/kcore"],
-                "readonlyPaths": ["/proc/sys"],
+                "maskedPaths": MASKED,
+                "readonlyPaths": PROTECTED,
             },
         })
     }
@@ -353,8 +378,14 @@ mod tests {
         for (kind, spec, part) in [
             (Allowed::Mounts, bind("/", json!(["rbind", "ro"])), "the mount of /"),
             (Allowed::Mounts, bind("/etc/hosts", json!(["rbind"])), "/etc/hosts"),
-            (Allowed::Mounts, masks, "/proc that nothing masks"),
+            (Allowed::Mounts, masks, "an open /proc/kcore"),
             (Allowed::Mounts, shared, "rshared"),
+            (Allowed::Mounts, bind("/etc/hosts", json!(["rbind", "ro", "rw"])), "/etc/hosts"),
+            (
+                Allowed::Mounts,
+                change("/mounts", json!({"destination": "/p", "type": "proc", "source": "proc"})),
+                "at /p",
+            ),
             (Allowed::Devices, change("/linux/resources/devices", device), "devices"),
             (Allowed::Devices, change("/linux/resources/devices", disk), "devices b 8:0"),
             (
@@ -379,6 +410,21 @@ mod tests {
             ];
             let others: Vec<_> = others.into_iter().filter(|other| *other != kind).collect();
             assert!(check(&spec, &others).is_err(), "{part}");
+        }
+    }
+
+    #[test]
+    fn fields_that_only_look_like_those_of_a_spec_are_not_passed_on() {
+        let mut spec = harmless();
+        spec["Hooks"] = json!({"prestart": [{"path": "/bin/evil"}]});
+        spec["linux"]["cgroupspath"] = json!("/system.slice");
+        let canonical = canonical(spec.to_string().as_bytes()).unwrap();
+        assert!(!canonical.to_string().contains("evil"), "{canonical}");
+        assert!(!canonical.to_string().contains("system.slice"), "{canonical}");
+        check(&canonical, &[]).unwrap();
+        for bad in ["[]", "{}", r#"{"ociVersion":"1.1.0","linux":7}"#, r#"{"ociVersion":"1.1.0"}"#]
+        {
+            assert!(super::canonical(bad.as_bytes()).is_err(), "{bad}");
         }
     }
 

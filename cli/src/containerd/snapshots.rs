@@ -17,6 +17,9 @@ use super::client::{Containerd, Destination, MAX_MESSAGE, QUICK};
 use super::error::{Doing, Error, Found, Result};
 use super::{ContainerRecord, LABEL};
 
+/// Label of what the collector is to leave alone.
+const GC_ROOT: &str = "containerd.io/gc.root";
+
 /// A mount that makes (part of) a root file system.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Mount {
@@ -134,6 +137,30 @@ impl Containerd {
             RemoveSnapshotRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() };
         let answer = self.snapshots().remove(self.request(request, QUICK)).await;
         answer.doing(|| format!("remove snapshot {snapshotter}/{key}")).found().map(drop)
+    }
+
+    /// Keeps the collector from a snapshot that nothing refers to for a while, until
+    /// [`Self::release_snapshot`].
+    ///
+    /// # Errors
+    /// [`Error::Call`].
+    pub(crate) async fn hold_snapshot(&self, snapshotter: &str, key: &str) -> Result<()> {
+        let labels = [(GC_ROOT.to_owned(), "ferry".to_owned())].into();
+        let request = UpdateSnapshotRequest {
+            snapshotter: snapshotter.to_owned(),
+            info: Some(Info { name: key.to_owned(), labels, ..Default::default() }),
+            update_mask: Some(FieldMask { paths: vec![format!("labels.{GC_ROOT}")] }),
+        };
+        let answer = self.snapshots().update(self.request(request, QUICK)).await;
+        answer.doing(|| format!("hold snapshot {snapshotter}/{key}")).map(drop)
+    }
+
+    /// Undoes [`Self::hold_snapshot`]; a snapshot that is not there is fine.
+    ///
+    /// # Errors
+    /// [`Error::Call`].
+    pub(crate) async fn release_snapshot(&self, snapshotter: &str, key: &str) -> Result<()> {
+        self.unlabel_snapshot(snapshotter, key, GC_ROOT).await.found().map(drop)
     }
 
     /// The snapshots that carry `label` with `value`.

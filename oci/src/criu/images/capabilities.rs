@@ -14,7 +14,13 @@ const SETS: [u64; 5] = [9, 10, 11, 12, 19];
 pub fn capabilities(source: &mut dyn Source) -> Result<u64, ReadError> {
     let is_core = |name: &String| name.starts_with("core-") && name.ends_with(".img");
     let mut all = 0;
-    for name in source.names().into_iter().filter(is_core) {
+    let names = source.names();
+    // Where there are none in the core image, CRIU takes those of an image of their own.
+    if let Some(name) = names.iter().find(|name| name.starts_with("creds-")) {
+        let apart = ImageError::Format("credentials apart from their process");
+        return Err(ReadError::Image(name.clone(), apart));
+    }
+    for name in names.into_iter().filter(is_core) {
         all |= must(source, &name, of_core)?;
     }
     Ok(all)
@@ -23,11 +29,18 @@ pub fn capabilities(source: &mut dyn Source) -> Result<u64, ReadError> {
 fn of_core(image: &[u8]) -> Result<u64, ImageError> {
     let mut all = 0;
     for record in records(image, CORE_MAGIC)? {
-        for thread in inner(record?, 5)? {
-            for credentials in inner(thread, 10)? {
-                all |= of_credentials(credentials)?;
+        let threads = inner(record?, 5)?;
+        // One that has ended has none.
+        let [thread] = threads[..] else {
+            if threads.is_empty() {
+                continue;
             }
-        }
+            return Err(ImageError::Format("a thread is there twice"));
+        };
+        let [credentials] = inner(thread, 10)?[..] else {
+            return Err(ImageError::Format("a thread without its credentials"));
+        };
+        all |= of_credentials(credentials)?;
     }
     Ok(all)
 }
@@ -54,6 +67,9 @@ fn of_credentials(message: &[u8]) -> Result<u64, ImageError> {
                 field.numbers(&mut words)?;
             }
         }
+        if words.len() > 2 {
+            return Err(ImageError::Format("more capabilities than there are"));
+        }
         let low = words.first().copied().unwrap_or_default();
         let high = words.get(1).copied().unwrap_or_default();
         all |= u64::from(low) | u64::from(high) << 32;
@@ -72,5 +88,6 @@ mod tests {
         assert_eq!(of_credentials(&message).unwrap(), 0x3_0000_0005);
         assert_eq!(of_credentials(&[]).unwrap(), 0);
         assert!(of_credentials(&[12 << 3 | 2, 9, 1]).is_err());
+        assert!(of_credentials(&[12 << 3 | 2, 3, 0, 0, 1]).is_err());
     }
 }
