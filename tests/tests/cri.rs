@@ -21,9 +21,12 @@ fn lab() -> Result<Option<Lab>> {
     }
     let lab = task_lab_over(&[&CRICTL, chosen()?.0.cri(), &CNI])?;
     let host = lab.host("a");
+    // ctr now and then returns from an export before all of it is in the file.
     host.run(&format!(
-        "ctr image export /tmp/images docker.io/library/pause:latest {BUSYBOX} &&
-         ctr --namespace k8s.io image import /tmp/images"
+        "for try in 1 2 3; do
+             ctr image export /tmp/images docker.io/library/pause:latest {BUSYBOX} &&
+             ctr --namespace k8s.io image import /tmp/images && exit 0
+         done; exit 1"
     ))?;
     // It learns of images by their events.
     wait_for(host, "crictl images", "pause")?;
