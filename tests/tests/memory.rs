@@ -321,7 +321,7 @@ fn moves_on_at_once(keys: u32) -> Result<()> {
 
 #[test]
 fn a_container_whose_pages_are_being_filled_is_moved_again_unharmed() -> Result<()> {
-    moves_on_at_once(60_000)
+    moves_on_at_once(150_000)
 }
 
 /// Makes a page of a held area a guard, asked from the host itself: the others look for it elsewhere.
