@@ -20,6 +20,7 @@ use crate::containerd::{
     TaskStatus,
 };
 use crate::describe::checks::RUNTIME;
+use crate::describe::container::resident;
 use crate::lock;
 use crate::shim::{self, Shim};
 use crate::wire::messages::ContainerdAddress;
@@ -403,12 +404,6 @@ fn memory(images: &Path) -> std::io::Result<u64> {
         }
     }
     Ok(bytes)
-}
-
-/// Bytes; 0 of a process that has ended.
-fn resident(pid: u32) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
-    text.split(' ').nth(1).and_then(|pages| pages.parse().ok()).map_or(0, |pages: u64| pages * 4096)
 }
 
 fn kernel() -> String {

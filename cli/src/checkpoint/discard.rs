@@ -7,6 +7,7 @@ use ferry_oci::quarantine::connections;
 
 use super::archive;
 use super::format::{self, Checkpoint};
+use super::spec;
 use crate::containerd::Containerd;
 use crate::wire::messages::ContainerdAddress;
 use crate::wire::stream;
@@ -65,9 +66,6 @@ async fn network(containerd: &Containerd, checkpoint: &Checkpoint) -> Result<Opt
     let Some(any) = checkpoint.any(containerd, format::SPEC).await? else { return Ok(None) };
     let spec: serde_json::Value =
         serde_json::from_slice(&any.value).context("decode the checkpoint's spec")?;
-    let all = spec["linux"]["namespaces"].as_array().cloned().unwrap_or_default();
-    let given = all.iter().find(|namespace| namespace["type"] == "network");
-    let path =
-        given.and_then(|namespace| namespace["path"].as_str()).filter(|path| !path.is_empty());
+    let path = spec::given_network(&spec);
     Ok(path.filter(|path| std::path::Path::new(path).exists()).map(str::to_owned))
 }

@@ -66,20 +66,9 @@ async fn send(
             Reply::Done => continue,
             other => return Err(unexpected(&other)),
         };
-        let mut reader = containerd.read_blob(&blob.digest, offset).await?;
+        let reader = containerd.read_blob(&blob.digest, offset).await?;
         link.send(&Request::BlobRest).await?;
-        let (to, chunks) = tokio::sync::mpsc::channel(8);
-        let read = async move {
-            while let Some(chunk) = reader.chunk().await? {
-                if to.send(chunk).await.is_err() {
-                    break;
-                }
-            }
-            anyhow::Ok(())
-        };
-        let (read, streamed) = tokio::join!(read, link.stream(chunks));
-        read?;
-        sent += streamed?;
+        sent += link.blob(reader).await?;
         link.done(PATIENCE).await?;
     }
     let Image { name, target, labels } = image.clone();

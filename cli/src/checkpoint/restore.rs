@@ -150,7 +150,7 @@ impl Restore {
         };
         let mounts = store.prepare_snapshot(snapshotter, key, &chain, kind).await?;
         if let Some(layer) = layer {
-            store.apply(layer, &mounts).await?;
+            store.apply(layer, mounts.iter().cloned().map(Into::into).collect()).await?;
         }
         match &self.there {
             Some((before, _)) => {
@@ -223,12 +223,7 @@ impl Restore {
     /// Whether the container's network is one given by path, whose addresses are not the host's.
     fn in_given_network(&self) -> bool {
         let spec = self.there.as_ref().and_then(|(record, _)| record.spec_json().ok());
-        spec.is_some_and(|spec| {
-            let all = spec["linux"]["namespaces"].as_array().cloned().unwrap_or_default();
-            all.iter().any(|n| {
-                n["type"] == "network" && n["path"].as_str().is_some_and(|p| !p.is_empty())
-            })
-        })
+        spec.is_some_and(|spec| spec::given_network(&spec).is_some())
     }
 
     /// A container as the image has it.

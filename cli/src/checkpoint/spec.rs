@@ -195,6 +195,12 @@ pub(super) fn localize(spec: &mut Value, namespace: &str, id: &str) {
     }
 }
 
+/// The network namespace that a spec gives by path, if it does.
+pub(super) fn given_network(spec: &Value) -> Option<&str> {
+    let mut networks = list(&spec["linux"]["namespaces"]).filter(|n| n["type"] == "network");
+    networks.next().map(|network| text(&network["path"])).filter(|path| !path.is_empty())
+}
+
 fn wants(spec: &Value) -> Vec<Want> {
     let mut found = Vec::new();
     mounts(spec, &mut found);

@@ -2,6 +2,7 @@
 
 use containerd_client::services::v1::diff_client::DiffClient;
 use containerd_client::services::v1::{ApplyRequest, DiffRequest};
+use containerd_client::types;
 
 use super::client::{Destination, SLOW};
 use super::content::Descriptor;
@@ -43,19 +44,24 @@ impl Destination {
         Ok(Descriptor { media_type: made.media_type, digest: made.digest, size })
     }
 
-    /// Writes the changes in `layer` into the snapshot behind `mounts`.
+    /// Writes the changes in `layer` into the snapshot behind `mounts`. Digest of the layer, uncompressed.
     ///
     /// # Errors
     /// [`Error::Call`].
-    pub(crate) async fn apply(&self, layer: &Descriptor, mounts: &[Mount]) -> Result<()> {
+    pub(crate) async fn apply(
+        &self,
+        layer: &Descriptor,
+        mounts: Vec<types::Mount>,
+    ) -> Result<String> {
         let request = ApplyRequest {
             diff: Some(layer.clone().into()),
-            mounts: mounts.iter().cloned().map(Into::into).collect(),
+            mounts,
             payloads: Default::default(),
             sync_fs: false,
         };
         let mut client = DiffClient::new(self.leased.channel());
         let answer = client.apply(self.leased.request(request, SLOW)).await;
-        answer.doing(|| format!("unpack layer {}", layer.digest)).map(drop)
+        let applied = answer.doing(|| format!("unpack layer {}", layer.digest))?.into_inner();
+        Ok(applied.applied.unwrap_or_default().digest)
     }
 }

@@ -1,12 +1,10 @@
 //! Layers become snapshots.
 
-use containerd_client::services::v1::ApplyRequest;
-use containerd_client::services::v1::diff_client::DiffClient;
 use containerd_client::services::v1::snapshots::{CommitSnapshotRequest, PrepareSnapshotRequest};
 use containerd_client::types;
 
 use super::LABEL;
-use super::client::{Destination, QUICK, SLOW};
+use super::client::{Destination, QUICK};
 use super::content::Descriptor;
 use super::error::{Doing, Error, Result};
 use super::manifests::Layer;
@@ -85,16 +83,7 @@ impl Destination {
         layer: &Layer,
         mounts: Vec<types::Mount>,
     ) -> Result<()> {
-        let request = ApplyRequest {
-            diff: Some(layer.blob.clone().into()),
-            mounts,
-            payloads: Default::default(),
-            sync_fs: false,
-        };
-        let mut client = DiffClient::new(self.leased.channel());
-        let answer = client.apply(self.leased.request(request, SLOW)).await;
-        let applied = answer.doing(|| format!("unpack layer {}", layer.blob.digest))?.into_inner();
-        let digest = applied.applied.unwrap_or_default().digest;
+        let digest = self.apply(&layer.blob, mounts).await?;
         if digest != layer.diff_id {
             let why = format!("contains {digest}, not {} as the image says", layer.diff_id);
             return Err(Error::invalid(format!("layer {}", layer.blob.digest), why));

@@ -13,6 +13,8 @@ use ferry_oci::sockets::{self, InetSocket};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde::{Deserialize, Serialize};
 
+use crate::containerd::ContainerRecord;
+
 use super::memory::MemoryFacts;
 
 /// The network a container lives in.
@@ -123,6 +125,19 @@ pub(crate) struct FromRecord<'a> {
     pub(crate) sandbox: &'a str,
     pub(crate) labels: BTreeMap<String, String>,
     pub(crate) spec: &'a [u8],
+}
+
+impl<'a> From<&'a ContainerRecord> for FromRecord<'a> {
+    fn from(record: &'a ContainerRecord) -> Self {
+        Self {
+            image: &record.image,
+            runtime: &record.runtime,
+            snapshotter: &record.snapshotter,
+            sandbox: &record.sandbox,
+            labels: record.labels.clone(),
+            spec: &record.spec.value,
+        }
+    }
 }
 
 impl ContainerFacts {
@@ -302,7 +317,8 @@ fn uses_io_uring(pid: u32) -> bool {
     })
 }
 
-fn resident(pid: u32) -> u64 {
+/// Memory of a process, bytes; 0 of one that has ended.
+pub(crate) fn resident(pid: u32) -> u64 {
     fs::read_to_string(format!("/proc/{pid}/status"))
         .ok()
         .and_then(|text| {

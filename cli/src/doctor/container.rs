@@ -73,14 +73,7 @@ pub(super) async fn examine(
         Some(shim) => shim.describe().await?,
         None => described(id, &address.namespace, &task)?,
     };
-    let from = FromRecord {
-        image: &record.image,
-        runtime: &record.runtime,
-        snapshotter: &record.snapshotter,
-        sandbox: &record.sandbox,
-        labels: record.labels.clone(),
-        spec: &record.spec.value,
-    };
+    let from = FromRecord::from(&record);
     let facts = ContainerFacts::gather(from, &description)?;
     let (init, pids) = (description.init_pid, description.pids);
     let gather = move || Processes::gather(init, &pids);

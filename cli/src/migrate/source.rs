@@ -99,17 +99,7 @@ impl Source {
             )
         })?;
         let description = shim.describe().await?;
-        let facts = ContainerFacts::gather(
-            FromRecord {
-                image: &record.image,
-                runtime: &record.runtime,
-                snapshotter: &record.snapshotter,
-                sandbox: &record.sandbox,
-                labels: record.labels.clone(),
-                spec: &record.spec.value,
-            },
-            &description,
-        )?;
+        let facts = ContainerFacts::gather(FromRecord::from(&record), &description)?;
         let image = containerd
             .image(&record.image)
             .await?
@@ -156,20 +146,9 @@ impl Source {
         };
         let mut total = 0;
         for blob in missing {
-            let mut reader = self.containerd.read_blob(&blob.digest, 0).await?;
+            let reader = self.containerd.read_blob(&blob.digest, 0).await?;
             link.send(&Request::PutBlob(blob)).await?;
-            let (to, chunks) = tokio::sync::mpsc::channel(8);
-            let read = async move {
-                while let Some(chunk) = reader.chunk().await? {
-                    if to.send(chunk).await.is_err() {
-                        break;
-                    }
-                }
-                anyhow::Ok(())
-            };
-            let (read, sent) = tokio::join!(read, link.stream(chunks));
-            read?;
-            total += sent?;
+            total += link.blob(reader).await?;
             link.done(patience).await?;
         }
         Ok(total)

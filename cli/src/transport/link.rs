@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::{Destination, Input, Output, Session};
+use crate::containerd::BlobReader;
 use crate::wire::codec::{self, Frame, MAX_DATA};
 use crate::wire::messages::{ContainerdAddress, Reply, Request};
 
@@ -159,6 +160,25 @@ impl Link {
         }
         self.end_stream().await?;
         Ok(total)
+    }
+
+    /// Sends what is left of a blob as a stream. Bytes sent.
+    ///
+    /// # Errors
+    /// When it cannot be read, or the connection breaks.
+    pub(crate) async fn blob(&mut self, mut reader: BlobReader) -> Result<u64> {
+        let (to, chunks) = mpsc::channel(8);
+        let read = async move {
+            while let Some(chunk) = reader.chunk().await? {
+                if to.send(chunk).await.is_err() {
+                    break;
+                }
+            }
+            anyhow::Ok(())
+        };
+        let (read, sent) = tokio::join!(read, self.stream(chunks));
+        read?;
+        sent
     }
 
     /// Sends one file of the images as part of a stream that is still open.

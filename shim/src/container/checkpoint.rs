@@ -108,8 +108,11 @@ impl Container {
             true => self.stand_still().await?,
             false => self.fall_silent(&mut params.options).await?,
         };
-        // First without CRIU's version: of what has ended nothing may be lost that its restore needs.
-        let mut done = self.write_record(&params, String::new()).await;
+        let mut done = Ok(());
+        if !params.leave_running {
+            // First without CRIU's version: of what has ended nothing may be lost that its restore needs.
+            done = self.write_record(&params, String::new()).await;
+        }
         if done.is_ok() {
             done = self.dump(&params).await;
         }
@@ -120,15 +123,18 @@ impl Container {
             }
             return Err(err);
         }
-        let criu = criu::version(&params.work.join(LOG)).ok().flatten();
-        if let Err(err) = self.write_record(&params, criu.unwrap_or_default()).await {
-            warn!("{err}");
-        }
         // What has ended stays silent.
         if params.leave_running
             && let Some(silent) = silent
         {
             silent.speak().await;
+        }
+        let criu = criu::version(&params.work.join(LOG)).ok().flatten();
+        match self.write_record(&params, criu.unwrap_or_default()).await {
+            Err(err) if params.leave_running => return Err(err),
+            // The first one is there.
+            Err(err) => warn!("{err}"),
+            Ok(()) => {}
         }
         self.checkpointed(&params.images);
         Ok(())

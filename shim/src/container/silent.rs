@@ -26,6 +26,7 @@ const RESTORE: Duration = Duration::from_secs(900);
 const FREEZER: Duration = Duration::from_secs(10);
 
 /// A container that stands still with its connections locked.
+#[derive(Default)]
 pub(crate) struct Silent {
     freezer: Option<Freezer>,
     lock: Option<(Arc<Netns>, String)>,
@@ -39,16 +40,7 @@ impl Container {
             return Ok(None);
         }
         let Some(netns) = self.lasting_network()? else { return Ok(None) };
-        let snapshot = self.snapshot();
-        let freezer = match snapshot.status {
-            Status::Running => Some(Freezer::of(snapshot.pid).context("find the freezer")?),
-            _ => None,
-        };
-        let freeze = freezer.clone();
-        blocking(move || freeze.map(|freezer| freezer.freeze(FREEZER)).transpose())
-            .await?
-            .context("freeze the container")?;
-        let mut silent = Silent { freezer, lock: None };
+        let mut silent = self.stand_still().await?.unwrap_or_default();
         match self.lock_connections(&netns).await {
             Ok(locked) => {
                 silent.lock = locked.as_ref().map(|locked| (netns, locked.id.clone()));
