@@ -1,7 +1,7 @@
 //! Start, kill, pause, resume and delete of a task.
 
 use super::{Container, Snapshot};
-use crate::error::{Error, Result};
+use crate::error::{Context as _, Error, Result};
 use crate::io;
 use crate::mounts;
 use crate::reaper::Exit;
@@ -19,6 +19,8 @@ const SIGKILL: u32 = 9;
 const FREEZER: Duration = Duration::from_secs(5);
 /// How often runc may try to freeze a container.
 const FREEZES: u32 = 3;
+/// How long vforks may take to end; what has not ended then is left to the dump.
+const VFORKS: Duration = Duration::from_secs(1);
 /// What it says when it could not.
 const UNFROZEN: &str = "unable to freeze";
 
@@ -120,9 +122,19 @@ impl Container {
             attempts -= 1;
             match self.runtime.call(&Pause { id: &self.id }).await {
                 Err(err) if attempts > 0 && err.to_string().contains(UNFROZEN) => debug!("{err}"),
-                done => return done.map(drop),
+                done => {
+                    done?;
+                    return self.finish_vforks().await;
+                }
             }
         }
+    }
+
+    /// runc may stop a program in the middle of a vfork, where it can never be dumped.
+    async fn finish_vforks(&self) -> Result<()> {
+        let Ok(freezer) = Freezer::of(self.snapshot().pid) else { return Ok(()) };
+        let frozen = tokio::task::spawn_blocking(move || freezer.freeze(VFORKS)).await;
+        frozen.context("freeze")?.context("freeze").map(drop)
     }
 
     /// Thaws all processes.
