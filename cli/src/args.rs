@@ -132,7 +132,7 @@ enum Command {
     },
     /// Copy an image or a checkpoint to another host, without a registry
     ///
-    /// Only what is missing there goes. After a failure it goes on where it broke off.
+    /// Only what is missing there goes.
     Push {
         /// Name of the image
         #[arg(value_name = "REF")]
