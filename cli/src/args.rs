@@ -17,7 +17,7 @@ use crate::migrate::{self, Options, guard};
 use crate::network::address::Cidr;
 use crate::transport::{Destination, unix};
 use crate::wire::messages::ContainerdAddress;
-use crate::{agent, checkpoint, doctor, inspect, pages, status};
+use crate::{agent, checkpoint, doctor, inspect, pages, predump, status};
 
 /// Moves running containers between containerd hosts while their clients stay connected.
 #[derive(Debug, Parser)]
@@ -105,6 +105,21 @@ enum Command {
         /// Keep unix sockets whose other end is outside the container
         #[arg(long)]
         external_unix_sockets: bool,
+    },
+    /// Write down the memory of a running container, for the next checkpoint to build on
+    ///
+    /// The first one writes all memory, each further one what has changed since. A checkpoint then
+    /// stands still only for what has changed since the last one. Prints the folder.
+    Predump {
+        /// Container id
+        container: String,
+        /// Where to put them, each in a folder of its own. Without it they are gone when the container
+        /// ends, and checkpoints do not need them
+        #[arg(long)]
+        folder: Option<PathBuf>,
+        /// Forget them, and track memory no more
+        #[arg(long, conflicts_with = "folder")]
+        end: bool,
     },
     /// Bring a container back from a checkpoint
     ///
@@ -281,6 +296,12 @@ impl Args {
                     json,
                 })
                 .await
+            }
+            Command::Predump { container, end: true, .. } => {
+                predump::end(&containerd, &container).await
+            }
+            Command::Predump { container, folder, .. } => {
+                predump::run(&containerd, &container, folder.as_deref(), self.json).await
             }
             Command::Restore { name, id, ip, allow: allowed } => {
                 let json = self.json;

@@ -11,6 +11,7 @@ mod lock;
 mod migrate;
 mod network;
 mod pages;
+mod predump;
 mod shim;
 mod status;
 mod table;

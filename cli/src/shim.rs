@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
 use ferry_oci::api::ferry::{
-    CheckpointRequest, CheckpointResponse, CommitRequest, DescribeRequest, Description,
-    DumpResponse, FreezeRequest, FreezeResponse, MigrationRequest, PrepareDumpRequest,
-    PrepareDumpResponse, ReleaseResponse, RestoreRequest, RestoreResponse,
+    CheckpointRequest, CheckpointResponse, CommitRequest, CompleteRequest, DescribeRequest,
+    Description, DumpResponse, FreezeRequest, FreezeResponse, MigrationRequest, PreDumpRequest,
+    PreDumpResponse, PrepareDumpRequest, PrepareDumpResponse, ReleaseResponse, RestoreRequest,
+    RestoreResponse,
 };
 use ferry_oci::api::ferry_ttrpc::FerryClient;
 use ferry_oci::fast::Fast;
@@ -20,6 +21,8 @@ use ttrpc::context::Context;
 const QUICK: Duration = Duration::from_secs(10);
 /// For calls that start or end processes.
 const SLOW: Duration = Duration::from_secs(60);
+/// For calls that write memory to a disk.
+const MEMORY: Duration = Duration::from_secs(620);
 
 /// What a bundle says of its Ferry service.
 #[derive(Deserialize)]
@@ -142,6 +145,46 @@ impl Shim {
     ) -> Result<CheckpointResponse> {
         let request = CheckpointRequest { id: self.id.clone(), ..request };
         text(self.client.checkpoint(within(limit), &request).await)
+    }
+
+    /// Completes the images of a checkpoint on top of a pre-dump.
+    ///
+    /// # Errors
+    /// When they cannot be completed; they are of no use then.
+    pub(crate) async fn complete(&self, images: &Path) -> Result<()> {
+        let request = CompleteRequest {
+            id: self.id.clone(),
+            images_path: images.display().to_string(),
+            ..Default::default()
+        };
+        text(self.client.complete(within(MEMORY), &request).await).map(drop)
+    }
+
+    /// Writes memory into `folder`: what has changed since `parent`, or all.
+    ///
+    /// # Errors
+    /// When it cannot be tracked or written; the next one has to be a first one.
+    pub(crate) async fn pre_dump(
+        &self,
+        folder: &Path,
+        parent: Option<&Path>,
+    ) -> Result<PreDumpResponse> {
+        let request = PreDumpRequest {
+            id: self.id.clone(),
+            folder: folder.display().to_string(),
+            parent: parent.map(|parent| parent.display().to_string()).unwrap_or_default(),
+            ..Default::default()
+        };
+        text(self.client.pre_dump(within(MEMORY), &request).await)
+    }
+
+    /// Forgets the pre-dumps.
+    ///
+    /// # Errors
+    /// When the shim does not answer.
+    pub(crate) async fn end_pre_dumps(&self) -> Result<()> {
+        let request = DescribeRequest { id: self.id.clone(), ..Default::default() };
+        text(self.client.end_pre_dumps(within(SLOW), &request).await).map(drop)
     }
 
     /// Ends a container that was checkpointed with `exit`.

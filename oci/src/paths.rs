@@ -23,6 +23,14 @@ pub const INVENTORY_FILE: &str = "inventory.img.held";
 /// Page stores of containers that are on their way here or have just come, one folder each.
 pub const PAGES: &str = "/run/ferry/pages";
 
+/// Pre-dumps made by `ferry predump`, on a disk: they hold memory. They end with their task all the same.
+pub const PRE_DUMPS: &str = "/var/lib/ferry/predumps";
+
+/// Folder of the pre-dumps of container `id`, one folder each in it.
+pub fn pre_dumps(namespace: &str, id: &str) -> PathBuf {
+    Path::new(PRE_DUMPS).join(format!("{namespace}.{id}"))
+}
+
 /// Folder in a container's bundle in which CRIU works while it restores a migration.
 pub const RESTORE_WORK: &str = "ferry-restore";
 

@@ -33,6 +33,7 @@ pub(crate) fn cleanup(namespace: &str, id: &str, bundle: &Path) -> u32 {
         ("unmount what CRIU has left", mounts::umount(&bundle.join("work"))),
         ("unmount its layers", mounts::umount(&bundle.join(mounts::SHIFTED))),
         ("remove what is left of its migration", remove_migration(bundle)),
+        ("remove its pre-dumps", remove_pre_dumps(namespace, id)),
         ("remove the Ferry service's socket", remove_ferry_socket(bundle)),
         ("remove the Task service's socket", remove_task_socket(bundle)),
     ];
@@ -107,6 +108,15 @@ fn remove_migration(bundle: &Path) -> Result<()> {
             Err(err).context("remove the images")
         }
         _ => unlocked,
+    }
+}
+
+fn remove_pre_dumps(namespace: &str, id: &str) -> Result<()> {
+    match std::fs::remove_dir_all(paths::pre_dumps(namespace, id)) {
+        Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
+            Err(err).context("remove the pre-dumps")
+        }
+        _ => Ok(()),
     }
 }
 

@@ -29,6 +29,7 @@ mod service;
 mod state;
 mod strays;
 
+use ferry_oci::pages::predump::serve;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -36,6 +37,16 @@ fn main() -> ExitCode {
     if ferry_oci::criu::wrapper::is_called() {
         eprintln!("{}", ferry_oci::criu::wrapper::run());
         return ExitCode::FAILURE;
+    }
+    // The shim has started it, to track a container's writes.
+    if serve::is_called() {
+        return match serve::serve() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(err) => {
+                eprintln!("{}: {err}", serve::NAME);
+                ExitCode::FAILURE
+            }
+        };
     }
     match boot::run() {
         Ok(()) => ExitCode::SUCCESS,

@@ -3,8 +3,8 @@
 mod generic;
 
 use crate::error::{Context as _, Error, Result};
-use containerd_shim::protos::protobuf::Message;
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
+use containerd_shim::protos::protobuf::{Message, UnknownValueRef};
 use containerd_shim::protos::shim::oci;
 use ferry_oci::runc::Runc;
 use serde::{Deserialize, Serialize};
@@ -124,6 +124,22 @@ pub(crate) fn checkpoint(any: Option<&Any>) -> Result<oci::CheckpointOptions> {
     }
 }
 
+/// Field of `CheckpointOptions` that containerd has from 2.4 on, and the crate not yet.
+const PARENT_PATH: u32 = 10;
+
+/// The folder of the dump that another one is to build on.
+pub(crate) fn parent_path(options: &oci::CheckpointOptions) -> Result<Option<&str>> {
+    match options.special_fields.unknown_fields().get(PARENT_PATH) {
+        None => Ok(None),
+        Some(UnknownValueRef::LengthDelimited(path)) => {
+            let path = std::str::from_utf8(path);
+            let path = path.map_err(|_| Error::invalid_argument("parent_path is not UTF-8"))?;
+            Ok(Some(path).filter(|path| !path.is_empty()))
+        }
+        Some(_) => Err(Error::invalid_argument("parent_path is no text")),
+    }
+}
+
 /// Whether `any` holds a message called `name`. Its type may have a host in front.
 fn is(any: &Any, name: &str) -> bool {
     any.type_url.rsplit('/').next() == Some(name)
@@ -143,7 +159,6 @@ fn decode<M: Message>(any: &Any, name: &str) -> Result<M> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use containerd_shim::protos::protobuf::Message;
     use containerd_shim::protos::ttrpc::Code;
 
     fn any(type_url: &str, value: Vec<u8>) -> Any {

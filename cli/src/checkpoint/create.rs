@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use ferry_oci::api::ferry::{CheckpointRequest, FreezeRequest};
+use ferry_oci::api::ferry::{CheckpointRequest, CheckpointResponse, FreezeRequest};
 use ferry_oci::criu::DumpRecord;
 use ferry_oci::fast::Fast;
 use ferry_oci::layer::Pass;
@@ -63,6 +63,8 @@ struct Source {
     store: Destination,
     files: Files,
     place: Place,
+    /// The last pre-dump, or empty.
+    pre_dump: String,
     limit: Duration,
     frozen_at: Option<Instant>,
 }
@@ -142,7 +144,8 @@ impl Source {
         let content = containerd.image_content(&image.target, parent.as_deref()).await?;
         let (chain, blobs) = (content.chain_id().to_owned(), content.blobs.clone());
         let files = Files::of(containerd.writable_layer(&record, &chain).await, &record)?;
-        let pids = shim.describe().await?.pids;
+        let description = shim.describe().await?;
+        let (pids, pre_dump) = (description.pids, description.pre_dump);
         let limit =
             FREEZE + Duration::from_secs(pids.into_iter().map(resident).sum::<u64>() / SLOWEST);
         // All of its files are read while it stands still.
@@ -160,6 +163,7 @@ impl Source {
             store,
             files,
             place,
+            pre_dump,
             limit,
             frozen_at: None,
         })
@@ -195,16 +199,20 @@ impl Source {
         };
         self.shim.freeze(freeze).await?;
         let dumped = self.dump(&images).await?;
+        let dump_us = dumped.dump_us;
         self.files.look(Pass::Frozen, &looks).await?;
         let mut layer = None;
         if self.files.stand_still() {
             layer = self.layer(&looks).await?;
         }
         self.still_frozen()?;
-        let mut statistics = Statistics { dump_us: dumped, ..Statistics::default() };
+        let mut statistics = Statistics { dump_us, ..Statistics::default() };
         if !self.options.exit {
             self.shim.thaw(&self.id).await?;
             statistics.frozen_us = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
+        }
+        if dumped.incomplete {
+            self.shim.complete(&images).await.context("put it together with its pre-dumps")?;
         }
         statistics.memory_bytes = memory(&images).context("look at the images")?;
         if layer.is_none() {
@@ -222,8 +230,7 @@ impl Source {
         Ok(Made { name: name.to_owned(), digest: target.digest, statistics })
     }
 
-    /// Microseconds it took.
-    async fn dump(&self, images: &Path) -> Result<u64> {
+    async fn dump(&self, images: &Path) -> Result<CheckpointResponse> {
         let work = self.place.folder("work")?;
         let request = CheckpointRequest {
             migration: self.id.clone(),
@@ -232,9 +239,10 @@ impl Source {
             file_locks: true,
             external_unix_sockets: self.options.external_unix_sockets,
             exit: self.options.exit,
+            parent_path: self.pre_dump.clone(),
             ..Default::default()
         };
-        Ok(self.shim.checkpoint(request, self.limit).await?.dump_us)
+        self.shim.checkpoint(request, self.limit).await
     }
 
     async fn layer(&mut self, looks: &Path) -> Result<Option<Descriptor>> {

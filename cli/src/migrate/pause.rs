@@ -267,6 +267,7 @@ async fn precopy(
 ) -> Result<(Memory, u64, Option<String>)> {
     let patience = Phase::Precopy.deadline();
     let init = source.init_pid;
+    source.end_pre_dumps().await?;
     let mut memory = Memory::attach(init, wishes)?;
     let found = match link.ask(&Request::OpenPages, patience).await? {
         Reply::PageStore { pages } => pages,

@@ -73,6 +73,8 @@ pub(super) struct Source {
     migration: String,
     /// Writable layer as it was sent last.
     sent_layer: Manifest,
+    /// There are pre-dumps that a checkpoint could build on.
+    pre_dumps: bool,
 }
 
 impl Source {
@@ -99,6 +101,7 @@ impl Source {
             )
         })?;
         let description = shim.describe().await?;
+        let pre_dumps = !description.pre_dump.is_empty();
         let facts = ContainerFacts::gather(FromRecord::from(&record), &description)?;
         let image = containerd
             .image(&record.image)
@@ -121,7 +124,16 @@ impl Source {
             stdio,
             migration,
             sent_layer: Manifest::default(),
+            pre_dumps,
         })
+    }
+
+    /// Forgets the pre-dumps of the container: memory is tracked for one purpose only.
+    ///
+    /// # Errors
+    /// When its shim cannot be asked.
+    pub(super) async fn end_pre_dumps(&self) -> Result<()> {
+        if self.pre_dumps { self.shim.end_pre_dumps().await } else { Ok(()) }
     }
 
     /// How long the container may stay frozen without a commit, from its size.

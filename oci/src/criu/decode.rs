@@ -133,7 +133,6 @@ fn u32_le(image: &mut &[u8]) -> Option<u32> {
 }
 
 /// An image of the kind `magic`.
-#[cfg(test)]
 pub(super) fn image(magic: u32, records: &[Vec<u8>]) -> Vec<u8> {
     let mut image = [IMAGE_MAGIC.to_le_bytes(), magic.to_le_bytes()].concat();
     for record in records {
@@ -143,8 +142,7 @@ pub(super) fn image(magic: u32, records: &[Vec<u8>]) -> Vec<u8> {
     image
 }
 
-/// The other way, for tests that make images.
-#[cfg(test)]
+/// The other way.
 pub(super) mod encode {
     fn varint(mut value: u64) -> Vec<u8> {
         let mut bytes = Vec::new();
@@ -162,11 +160,13 @@ pub(super) mod encode {
     }
 
     /// A field that is a text, bytes or a message.
+    #[cfg(test)]
     pub(in super::super) fn bytes(field: u64, value: &[u8]) -> Vec<u8> {
         [&varint(field << 3 | 2), &varint(value.len() as u64), value].concat()
     }
 
     /// A message of `fields`.
+    #[cfg(test)]
     pub(in super::super) fn message(fields: &[Vec<u8>]) -> Vec<u8> {
         fields.concat()
     }

@@ -26,8 +26,8 @@ pub use hidden::{
 pub use hold::{Hold, HoldError};
 pub use log::{Failure, failure, run_id, version};
 pub use pagemap::{
-    ImageError, Leak, Mapping, PageRun, Pagemap, check, check_parsed, pages_bytes, parse_mappings,
-    read_mappings, tasks,
+    ImageError, Leak, LeftOut, Mapping, PARENT, PageRun, Pagemap, PagesWriter, check, check_parsed,
+    flatten, link_parent, merge, pages_bytes, parse_mappings, path_between, read_mappings, tasks,
 };
 pub use record::{DumpOptions, DumpRecord, Locked, RECORD_FILE, RECORD_VERSION, RecordError};
 pub use tar::{FastTar, TarCounts};

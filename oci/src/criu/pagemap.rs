@@ -8,6 +8,10 @@
 //! whether the images and what was hidden fit together: a lazy restore asks the page daemon for
 //! every page of a lazy mapping, and ignores or doubles what the images hold of it.
 
+mod write;
+
+pub use write::{LeftOut, PARENT, PagesWriter, flatten, link_parent, merge, path_between};
+
 use super::HiddenRange;
 use super::decode::{Field, fields, records};
 use std::io;

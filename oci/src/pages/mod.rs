@@ -14,6 +14,7 @@ pub mod areas;
 pub mod daemon;
 pub mod inject;
 pub mod patch;
+pub mod predump;
 pub mod reader;
 pub mod rounds;
 pub mod scan;

@@ -208,6 +208,10 @@ pub struct Checkpoint<'a> {
     pub work_path: &'a str,
     /// Keep the container after the dump.
     pub leave_running: bool,
+    /// Only memory, which a later dump builds on; the container is kept.
+    pub pre_dump: bool,
+    /// Folder of the dump before, relative to that of the images.
+    pub parent_path: Option<&'a str>,
     /// Dump established TCP connections.
     pub tcp_established: bool,
     /// Dump unix sockets whose other end is outside.
@@ -231,7 +235,9 @@ impl Verb for Checkpoint<'_> {
         let args = Args::default()
             .option("--image-path", Some(self.image_path))
             .option("--work-path", Some(self.work_path))
-            .flag(self.leave_running, "--leave-running");
+            .flag(self.leave_running, "--leave-running")
+            .flag(self.pre_dump, "--pre-dump")
+            .option("--parent-path", self.parent_path);
         let args = criu_flags(
             args,
             self.tcp_established,

@@ -1,7 +1,9 @@
 //! Dumping a container.
 
-use super::Container;
+use super::predump::{self, Chain};
+use super::{Container, Silent};
 use crate::error::{Context as _, Error, Result};
+use crate::options;
 use crate::state::{Op, admit};
 use containerd_shim::protos::events::task::TaskCheckpointed;
 use containerd_shim::protos::shim::oci::CheckpointOptions;
@@ -11,7 +13,7 @@ use ferry_oci::pages::areas::is_being_filled;
 use ferry_oci::quarantine;
 use ferry_oci::runc::Checkpoint;
 use log::warn;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 /// How long a dump asked for through the Task API may take. It is long because ending CRIU in the
@@ -39,6 +41,10 @@ pub(crate) struct CheckpointParams {
     pub(crate) extra: Vec<String>,
     /// After it, runc and CRIU are killed.
     pub(crate) deadline: Duration,
+    /// The pre-dump to build on: the last one.
+    pub(crate) parent: Option<PathBuf>,
+    /// Leave it to [`Container::complete`] to complete images on top of a pre-dump.
+    pub(crate) complete_later: bool,
 }
 
 impl Container {
@@ -65,11 +71,13 @@ impl Container {
             images: images.into(),
             work: work.clone(),
             leave_running: !options.exit,
+            parent: parent_of(&options, Path::new(images))?,
             options: self.dump_options(options)?,
             extra: Vec::new(),
             deadline: DEADLINE,
+            complete_later: false,
         };
-        let done = self.checkpoint(params).await;
+        let done = self.checkpoint(params).await.map(drop);
         if own_work && let Err(err) = std::fs::remove_dir_all(&work) {
             warn!("remove {}: {err}", work.display());
         }
@@ -93,8 +101,9 @@ impl Container {
 
     /// Dumps the container, which runs or is frozen. If its tasks are not kept, their connections stay
     /// silent until a restore, see [`silent`](super::silent). If it fails, the container is as it was,
-    /// CRIU's own network lock is gone, and CRIU's log is in the bundle as criu-dump.log.
-    pub(crate) async fn checkpoint(&self, mut params: CheckpointParams) -> Result<()> {
+    /// CRIU's own network lock is gone, and CRIU's log is in the bundle as criu-dump.log. Whether the images
+    /// are still to be [completed](Self::complete).
+    pub(crate) async fn checkpoint(&self, mut params: CheckpointParams) -> Result<bool> {
         let _op = self.op.write().await;
         admit(self.snapshot().status, Op::Checkpoint)?;
         self.must_be_filled().await?;
@@ -104,17 +113,21 @@ impl Container {
         }
         // Asked once and kept: not while it stands still.
         self.runtime.version().await;
+        let chain = self.take_pre_dumps(params.parent.as_deref()).await?;
         let silent = match params.leave_running {
             true => self.stand_still().await?,
             false => self.fall_silent(&mut params.options).await?,
         };
+        if let Some(chain) = chain {
+            return self.checkpoint_on_top(params, chain, silent).await;
+        }
         let mut done = Ok(());
         if !params.leave_running {
             // First without CRIU's version: of what has ended nothing may be lost that its restore needs.
             done = self.write_record(&params, String::new()).await;
         }
         if done.is_ok() {
-            done = self.dump(&params).await;
+            done = self.dump(&params, &[], None).await;
         }
         if let Err(err) = done {
             let err = self.dump_failed(err, &params.work).await;
@@ -137,7 +150,50 @@ impl Container {
             Ok(()) => {}
         }
         self.checkpointed(&params.images);
-        Ok(())
+        Ok(false)
+    }
+
+    /// [`Self::checkpoint`] on top of pre-dumps: tasks that are to end do so when the images are complete.
+    async fn checkpoint_on_top(
+        &self,
+        params: CheckpointParams,
+        chain: Chain,
+        mut silent: Option<Silent>,
+    ) -> Result<bool> {
+        if silent.is_none() {
+            silent = self.stand_still().await?;
+        }
+        let exit = !params.leave_running;
+        let params = CheckpointParams { leave_running: true, ..params };
+        let left = match self.dump_on_top(&params, chain).await {
+            Ok(left) => left,
+            Err(err) => {
+                let err = self.dump_failed(err, &params.work).await;
+                predump::speak(silent).await;
+                self.end_pre_dumps().await;
+                return Err(err);
+            }
+        };
+        if !exit {
+            predump::speak(silent.take()).await;
+        }
+        let incomplete = left.is_some() && params.complete_later;
+        let done = async {
+            let criu = criu::version(&params.work.join(LOG)).ok().flatten();
+            self.write_record(&params, criu.unwrap_or_default()).await?;
+            match left {
+                Some(chain) if incomplete => self.leave_incomplete(chain).await,
+                Some(chain) => self.complete_on(chain, &params.images, false).await?,
+                None => {}
+            }
+            if exit { self.end_frozen().await } else { Ok(()) }
+        };
+        if let Err(err) = done.await {
+            predump::speak(silent).await;
+            return Err(err);
+        }
+        self.checkpointed(&params.images);
+        Ok(incomplete)
     }
 
     /// Refuses a dump while pages are still on their way here: it would take them for zeros.
@@ -181,7 +237,14 @@ impl Container {
         });
     }
 
-    async fn dump(&self, params: &CheckpointParams) -> Result<()> {
+    /// Dumps, with `env` added to runc's environment, on top of the dump in `parent`, a path relative to the
+    /// images.
+    pub(super) async fn dump(
+        &self,
+        params: &CheckpointParams,
+        env: &[(&'static str, PathBuf)],
+        parent: Option<&str>,
+    ) -> Result<()> {
         let config = Config {
             tcp_established: params.options.tcp_established,
             network_lock: params.options.network_lock,
@@ -189,8 +252,9 @@ impl Container {
             extra: params.extra.clone(),
         };
         let config = config.write(&params.work).context("write CRIU's configuration")?;
-        let verb = verb(&self.id, params)?;
-        let env = [(CONFIG_ENV, config.as_path())];
+        let verb = Checkpoint { parent_path: parent, ..verb(&self.id, params)? };
+        let env = env.iter().map(|(name, value)| (*name, value.as_path()));
+        let env: Vec<_> = env.chain([(CONFIG_ENV, config.as_path())]).collect();
         let netns = self.netns_for_criu(params.options.in_netns)?;
         self.runtime.call_with(&verb, &env, netns.as_ref(), params.deadline).await
     }
@@ -229,7 +293,24 @@ pub(super) fn verb<'a>(id: &'a str, params: &'a CheckpointParams) -> Result<Chec
         file_locks: options.file_locks,
         empty_ns: &options.empty_ns,
         manage_cgroups: options.manage_cgroups.as_deref(),
+        ..Default::default()
     })
+}
+
+/// The pre-dump that a dump through the Task API is to build on. As runc takes it: relative to the images.
+fn parent_of(options: &CheckpointOptions, images: &Path) -> Result<Option<PathBuf>> {
+    let Some(parent) = options::parent_path(options)? else { return Ok(None) };
+    let from = std::path::absolute(images).context("find the folder of the images")?;
+    // The folder of the images need not be there yet.
+    let mut path = PathBuf::new();
+    for part in from.join(parent).components() {
+        match part {
+            Component::ParentDir => drop(path.pop()),
+            Component::CurDir => {}
+            part => path.push(part),
+        }
+    }
+    Ok(Some(path))
 }
 
 /// What a dump through the Task API does. `ctr` always says that connections are not to be kept, since

@@ -63,6 +63,7 @@ impl Container {
             events: containers.events.clone(),
             shares_pids,
             op: RwLock::new(()),
+            pre_dumps: Default::default(),
             inner: Mutex::new(inner),
             exited: watch::Sender::new(None),
         });

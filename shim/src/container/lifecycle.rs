@@ -86,6 +86,11 @@ impl Container {
     /// shim/src/ferry; the exit is published as always.
     pub(crate) async fn kill_all(&self) -> Result<()> {
         let _op = self.op.read().await;
+        self.kill_frozen().await
+    }
+
+    /// [`Container::kill_all`] for who holds `op`.
+    pub(super) async fn kill_frozen(&self) -> Result<()> {
         admit(self.snapshot().status, Op::Kill)?;
         let kill = Kill { id: &self.id, signal: SIGKILL, all: true };
         match self.runtime.call(&kill).await {
@@ -166,6 +171,7 @@ impl Container {
             (inner.io.take(), inner.child_io.take(), std::mem::take(&mut inner.execs))
         };
         drop((child_io, execs));
+        self.end_pre_dumps().await;
         if let Some(io) = io {
             io.close().await;
         }

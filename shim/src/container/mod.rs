@@ -12,6 +12,7 @@ mod exec;
 mod exit;
 mod lifecycle;
 mod network;
+mod predump;
 mod prepared;
 mod relay;
 mod resources;
@@ -53,6 +54,8 @@ pub(crate) struct Container {
     /// The container has no pid namespace of its own: its processes outlive init.
     shares_pids: bool,
     op: RwLock<()>,
+    /// The pre-dumps that a dump may build on.
+    pre_dumps: predump::PreDumps,
     inner: Mutex<Inner>,
     exited: watch::Sender<Option<Exit>>,
 }

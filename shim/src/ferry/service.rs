@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use ferry_oci::api::ferry::{
-    CheckpointRequest, CheckpointResponse, CommitRequest, DescribeRequest, Description,
-    DumpResponse, Empty, FreezeRequest, FreezeResponse, MigrationRequest, Phase,
-    PrepareDumpRequest, PrepareDumpResponse, ReleaseResponse, RestoreRequest, RestoreResponse,
+    CheckpointRequest, CheckpointResponse, CommitRequest, CompleteRequest, DescribeRequest,
+    Description, DumpResponse, Empty, FreezeRequest, FreezeResponse, MigrationRequest, Phase,
+    PreDumpRequest, PreDumpResponse, PrepareDumpRequest, PrepareDumpResponse, ReleaseResponse,
+    RestoreRequest, RestoreResponse,
 };
 use ferry_oci::api::ferry_ttrpc::Ferry;
 use ferry_oci::paths;
@@ -44,6 +45,13 @@ fn check_folder(request: &RestoreRequest) -> Result<()> {
     }
     let text = format!("images are expected in {}", images.display());
     Err(Error::invalid_argument(text))
+}
+
+fn absolute(path: &str) -> Result<()> {
+    match Path::new(path).is_absolute() {
+        true => Ok(()),
+        false => Err(Error::invalid_argument(format!("{path:?} is no absolute path"))),
+    }
 }
 
 /// Runs a step to its end even when its caller is lost in the middle of it.
@@ -91,6 +99,7 @@ impl Ferry for FerryService {
             migration: seen.migration,
             images_path: images,
             shim_pid: std::process::id(),
+            pre_dump: container.last_pre_dump().unwrap_or_default().display().to_string(),
             ..Default::default()
         })
     }
@@ -146,14 +155,63 @@ impl Ferry for FerryService {
     ) -> ttrpc::Result<CheckpointResponse> {
         let (_, a_move) = self.find(&request.id, &request.migration)?;
         for path in [&request.images_path, &request.work_path] {
-            if !Path::new(path).is_absolute() {
-                return Err(Error::invalid_argument(format!("{path:?} is no absolute path")).into());
-            }
+            absolute(path)?;
         }
         finish(async move {
             let mut side = a_move.side.lock().await;
             a_move.admit(Step::Checkpoint, &request.migration)?;
             a_move.checkpoint(&mut side, &request).await
+        })
+        .await
+    }
+
+    async fn complete(&self, _: &TtrpcContext, request: CompleteRequest) -> ttrpc::Result<Empty> {
+        let container = self.containers.get(&request.id)?;
+        absolute(&request.images_path)?;
+        finish(async move {
+            container.complete(Path::new(&request.images_path)).await?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn pre_dump(
+        &self,
+        _: &TtrpcContext,
+        request: PreDumpRequest,
+    ) -> ttrpc::Result<PreDumpResponse> {
+        let container = self.containers.get(&request.id)?;
+        absolute(&request.folder)?;
+        let a_move = self.moves.of(&request.id);
+        finish(async move {
+            // Not in the middle of a step.
+            let side = a_move.side.lock().await;
+            a_move.admit(Step::PreDump, "")?;
+            let parent = Some(Path::new(&request.parent)).filter(|_| !request.parent.is_empty());
+            let done = container.pre_dump(Path::new(&request.folder), parent).await?;
+            drop(side);
+            Ok(PreDumpResponse {
+                bytes: done.report.bytes,
+                in_parent: done.report.in_parent,
+                processes: done.report.processes,
+                took_us: done.report.took_us,
+                stopped_us: done.report.stopped_us,
+                by_criu: done.by_criu,
+                ..Default::default()
+            })
+        })
+        .await
+    }
+
+    async fn end_pre_dumps(
+        &self,
+        _: &TtrpcContext,
+        request: DescribeRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.containers.get(&request.id)?;
+        finish(async move {
+            container.end_pre_dumps().await;
+            Ok(Empty::new())
         })
         .await
     }

@@ -299,7 +299,7 @@ impl Move {
             }
             None => {
                 let params = dump_params(source);
-                let done = source.container.checkpoint(params).await;
+                let done = source.container.checkpoint(params).await.map(drop);
                 let _ = std::fs::remove_dir_all(source.work());
                 done?;
                 still_frozen(source)?;
@@ -345,13 +345,15 @@ impl Move {
             options,
             extra: Vec::new(),
             deadline: source.deadline.saturating_duration_since(Instant::now()),
+            parent: Some(&request.parent_path).filter(|path| !path.is_empty()).map(PathBuf::from),
+            complete_later: true,
         };
-        source.container.checkpoint(params).await?;
+        let incomplete = source.container.checkpoint(params).await?;
         still_frozen(source)?;
         if request.exit {
             self.enter(Phase::PHASE_CHECKPOINTED, &source.migration);
         }
-        Ok(CheckpointResponse { dump_us: micros(start), ..Default::default() })
+        Ok(CheckpointResponse { dump_us: micros(start), incomplete, ..Default::default() })
     }
 
     /// Gives the container back: thawed, unlocked, nothing left of the migration.
@@ -619,6 +621,8 @@ fn dump_params(source: &AtSource) -> CheckpointParams {
         },
         extra: vec![format!("timeout {SEIZE_S}")],
         deadline: source.deadline.saturating_duration_since(Instant::now()),
+        parent: None,
+        complete_later: false,
     }
 }
 

@@ -29,7 +29,7 @@
 
 mod probe;
 mod process;
-mod ranges;
+pub(super) mod ranges;
 mod registration;
 mod space;
 #[cfg(test)]

@@ -4,11 +4,11 @@ use std::ops::Range;
 
 /// A set of addresses.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(super) struct Ranges(Vec<Range<u64>>);
+pub(in crate::pages) struct Ranges(Vec<Range<u64>>);
 
 impl Ranges {
     /// A set of `ranges` in any order, which may overlap.
-    pub(super) fn of(mut ranges: Vec<Range<u64>>) -> Self {
+    pub(in crate::pages) fn of(mut ranges: Vec<Range<u64>>) -> Self {
         ranges.sort_unstable_by_key(|r| r.start);
         let mut set = Self::default();
         for range in ranges {
@@ -18,7 +18,7 @@ impl Ranges {
     }
 
     /// Adds a range that does not begin before the last one.
-    pub(super) fn push(&mut self, range: Range<u64>) {
+    pub(in crate::pages) fn push(&mut self, range: Range<u64>) {
         if range.is_empty() {
             return;
         }
@@ -28,31 +28,31 @@ impl Ranges {
         }
     }
 
-    pub(super) fn as_slice(&self) -> &[Range<u64>] {
+    pub(in crate::pages) fn as_slice(&self) -> &[Range<u64>] {
         &self.0
     }
 
-    pub(super) fn into_vec(self) -> Vec<Range<u64>> {
+    pub(in crate::pages) fn into_vec(self) -> Vec<Range<u64>> {
         self.0
     }
 
     /// How many bytes.
-    pub(super) fn bytes(&self) -> u64 {
+    pub(in crate::pages) fn bytes(&self) -> u64 {
         self.0.iter().map(|r| r.end - r.start).sum()
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(in crate::pages) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
     /// Whether all of `range` is in the set.
-    pub(super) fn covers(&self, range: &Range<u64>) -> bool {
+    pub(in crate::pages) fn covers(&self, range: &Range<u64>) -> bool {
         let next = self.0.partition_point(|r| r.end <= range.start);
         self.0.get(next).is_some_and(|r| r.start <= range.start && range.end <= r.end)
     }
 
     /// What is in either.
-    pub(super) fn union(&self, other: &Self) -> Self {
+    pub(in crate::pages) fn union(&self, other: &Self) -> Self {
         if other.is_empty() {
             return self.clone();
         }
@@ -72,7 +72,7 @@ impl Ranges {
     }
 
     /// What is in both.
-    pub(super) fn intersection(&self, other: &Self) -> Self {
+    pub(in crate::pages) fn intersection(&self, other: &Self) -> Self {
         let (mut a, mut b) = (self.0.as_slice(), other.0.as_slice());
         let mut set = Self::default();
         while let (Some(x), Some(y)) = (a.first(), b.first()) {
@@ -83,7 +83,7 @@ impl Ranges {
     }
 
     /// What is in this one only.
-    pub(super) fn difference(&self, other: &Self) -> Self {
+    pub(in crate::pages) fn difference(&self, other: &Self) -> Self {
         let mut others = other.0.as_slice();
         let mut set = Self::default();
         for range in &self.0 {

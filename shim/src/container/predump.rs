@@ -1,0 +1,346 @@
+//! Pre-dumps: memory written down while the container runs, on which a later dump builds.
+//!
+//! ```text
+//!   pre_dump ─▶ 1/ ── pre_dump ─▶ 2/ ── checkpoint on top ── complete
+//!                  2/parent ─▶ 1          images/parent ─▶ 2
+//! ```
+//! Where the kernel has soft-dirty bits CRIU makes them itself. Where it has not, a process of the shim's
+//! own program tracks the container from the first to the dump; it ends with the chain. Either way
+//! `criu restore` takes the dump as any other.
+
+use super::checkpoint::{CheckpointParams, utf8};
+use super::{Container, Silent};
+use crate::error::{Context as _, Error, Result};
+use crate::reaper::{Child, Reaper};
+use crate::state::{Op, Status};
+use ferry_oci::criu::{CONFIG_ENV, Config, flatten, pages_bytes, path_between};
+use ferry_oci::freezer::Freezer;
+use ferry_oci::pages::predump::Report;
+use ferry_oci::pages::predump::serve::{self, Answer, Order};
+use ferry_oci::pages::tracker::probe;
+use ferry_oci::runc::Checkpoint;
+use ferry_oci::{paths, sockets};
+use log::warn;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex as StdMutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::unix::pipe;
+use tokio::sync::Mutex;
+use tokio::time::timeout;
+
+/// How long a pre-dump may take: it writes all memory to a disk.
+const DEADLINE: Duration = Duration::from_secs(600);
+/// How long the freezer may take.
+const FREEZER: Duration = Duration::from_secs(10);
+/// How long killed tasks may take to end.
+const EXIT: Duration = Duration::from_secs(30);
+/// Folder in the bundle with the orders for CRIU.
+const HIDE: &str = "predump-hide";
+
+/// The chain of a container's pre-dumps, if there is one.
+#[derive(Default)]
+pub(super) struct PreDumps {
+    chain: Mutex<Option<Chain>>,
+    last: StdMutex<Option<PathBuf>>,
+}
+
+/// Pre-dumps of which each builds on the one before.
+pub(super) struct Chain {
+    last: PathBuf,
+    /// `None` where CRIU makes them itself.
+    tracker: Option<Tracker>,
+}
+
+/// What a pre-dump has done.
+#[derive(Debug)]
+pub(crate) struct PreDumped {
+    pub(crate) report: Report,
+    pub(crate) by_criu: bool,
+}
+
+impl PreDumps {
+    fn set_last(&self, last: Option<PathBuf>) {
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = last;
+    }
+}
+
+impl Container {
+    /// Folder of the last pre-dump that a dump may build on.
+    pub(crate) fn last_pre_dump(&self) -> Option<PathBuf> {
+        self.pre_dumps.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Writes memory into `folder`, which is made: all of it, or what has changed since `parent`, which has
+    /// to be the last one. When it fails there is no pre-dump any more, and nothing of `folder`.
+    pub(crate) async fn pre_dump(&self, folder: &Path, parent: Option<&Path>) -> Result<PreDumped> {
+        let _op = self.op.read().await;
+        self.admit(Op::Checkpoint)?;
+        let snapshot = self.snapshot();
+        let freezer = Freezer::of(snapshot.pid).context("find the freezer")?;
+        if snapshot.status != Status::Running || freezer.is_frozen().context("the freezer")? {
+            return Err(Error::failed_precondition("it stands still: resume it for a pre-dump"));
+        }
+        self.must_be_filled().await?;
+        if folder.exists() {
+            return Err(Error::already_exists(format!("there is {} already", folder.display())));
+        }
+        let mut slot = self.pre_dumps.chain.lock().await;
+        let chain = match parent {
+            None => self.begin_chain(&mut slot).await?,
+            Some(parent) => {
+                let chain = slot.take().filter(|chain| chain.last == parent);
+                chain.ok_or_else(|| no_pre_dump(parent))?
+            }
+        };
+        self.pre_dumps.set_last(None);
+        let above = folder.parent().unwrap_or(Path::new("/"));
+        std::fs::create_dir_all(above).context("make the folder for the pre-dump")?;
+        let (chain, done) = self.next(chain, folder, parent).await?;
+        *slot = Some(chain);
+        self.pre_dumps.set_last(Some(folder.to_owned()));
+        Ok(done)
+    }
+
+    /// A chain without a pre-dump. Whatever there was before ends.
+    async fn begin_chain(&self, slot: &mut Option<Chain>) -> Result<Chain> {
+        *slot = None;
+        let probe = tokio::task::spawn_blocking(probe).await.context("ask the kernel")?;
+        let last = PathBuf::new();
+        if probe.soft_dirty {
+            return Ok(Chain { last, tracker: None });
+        }
+        if !probe.write_protect {
+            return Err(Error::failed_precondition(format!(
+                "this kernel cannot tell which memory was written: use one with CONFIG_MEM_SOFT_DIRTY \
+                 ({}), or Linux 6.7 and newer ({})",
+                probe.soft_dirty_why, probe.write_protect_why
+            )));
+        }
+        let tracker = Tracker::start(&self.runtime.reaper, self.snapshot().pid)?;
+        Ok(Chain { last, tracker: Some(tracker) })
+    }
+
+    async fn next(
+        &self,
+        mut chain: Chain,
+        folder: &Path,
+        parent: Option<&Path>,
+    ) -> Result<(Chain, PreDumped)> {
+        let report = match &mut chain.tracker {
+            Some(tracker) => tracker.ask(&Order::Round { folder: folder.to_owned() }).await?,
+            None => {
+                let start = Instant::now();
+                let done = self.pre_dump_by_criu(folder, parent).await;
+                if let Err(err) = done {
+                    let _ = std::fs::remove_dir_all(folder);
+                    return Err(err);
+                }
+                Report {
+                    bytes: pages_bytes(folder).context("look at the pre-dump")?,
+                    took_us: u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX),
+                    ..Report::default()
+                }
+            }
+        };
+        chain.last = folder.to_owned();
+        let by_criu = chain.tracker.is_none();
+        Ok((chain, PreDumped { report, by_criu }))
+    }
+
+    async fn pre_dump_by_criu(&self, folder: &Path, parent: Option<&Path>) -> Result<()> {
+        let work = self.work_dir().join("pre-dump");
+        for folder in [folder, &work] {
+            std::fs::create_dir_all(folder).context("make the folder for the pre-dump")?;
+        }
+        let parent = parent.map(|parent| path_between(folder, parent)).transpose();
+        let parent = parent.context("find the pre-dump before")?;
+        let config = Config::default().write(&work).context("write CRIU's configuration")?;
+        let verb = Checkpoint {
+            id: &self.id,
+            image_path: utf8(folder)?,
+            work_path: utf8(&work)?,
+            pre_dump: true,
+            parent_path: parent.as_deref().map(utf8).transpose()?,
+            ..Default::default()
+        };
+        let env = [(CONFIG_ENV, config.as_path())];
+        let netns = self.netns_for_criu(false)?;
+        let done = self.runtime.call_with(&verb, &env, netns.as_ref(), DEADLINE).await;
+        let done =
+            done.map_err(|err| super::checkpoint::explain(err, "pre-dump", &work.join("dump.log")));
+        let _ = std::fs::remove_dir_all(&work);
+        done
+    }
+
+    /// Takes the pre-dumps that a dump on top of `parent` builds on.
+    pub(super) async fn take_pre_dumps(&self, parent: Option<&Path>) -> Result<Option<Chain>> {
+        let Some(parent) = parent else { return Ok(None) };
+        let mut slot = self.pre_dumps.chain.lock().await;
+        match slot.take_if(|chain| chain.last == parent) {
+            Some(chain) => {
+                self.pre_dumps.set_last(None);
+                Ok(Some(chain))
+            }
+            None => Err(no_pre_dump(parent)),
+        }
+    }
+
+    /// Dumps the frozen container on top of `chain`. What is left to be [completed](Self::complete).
+    pub(super) async fn dump_on_top(
+        &self,
+        params: &CheckpointParams,
+        mut chain: Chain,
+    ) -> Result<Option<Chain>> {
+        let Some(tracker) = &mut chain.tracker else {
+            let parent = path_between(&params.images, &chain.last);
+            let parent = parent.context("find the pre-dump before")?;
+            self.dump(params, &[], Some(utf8(&parent)?)).await?;
+            return Ok(Some(chain));
+        };
+        let hide = self.bundle.join(HIDE);
+        let frozen = Order::Frozen { images: params.images.clone(), hide: hide.clone() };
+        if let Err(err) = tracker.ask(&frozen).await {
+            warn!("dump all memory of {}: {err}", self.id);
+            let _ = std::fs::remove_dir_all(&hide);
+            self.dump(params, &[], None).await?;
+            return Ok(None);
+        }
+        let done = match serve::env(&hide) {
+            Some((library, hiding)) => {
+                self.dump(params, &[("LD_PRELOAD", library), hiding], None).await
+            }
+            None => Err(Error::failed_precondition("the library that hides memory is missing")),
+        };
+        let _ = std::fs::remove_dir_all(&hide);
+        done.map(|()| Some(chain))
+    }
+
+    /// Keeps what is to be completed until somebody asks for it.
+    pub(super) async fn leave_incomplete(&self, chain: Chain) {
+        *self.pre_dumps.chain.lock().await = Some(chain);
+    }
+
+    /// Completes the images of a dump on top of pre-dumps, and makes them whole: they need these no more.
+    pub(crate) async fn complete(&self, images: &Path) -> Result<()> {
+        let chain = self.pre_dumps.chain.lock().await.take();
+        let chain =
+            chain.ok_or_else(|| Error::failed_precondition("no dump is to be completed"))?;
+        self.complete_on(chain, images, true).await
+    }
+
+    /// Completes the images of a dump on top of `chain`. Pre-dumps that ferry keeps go with their task, and
+    /// sooner: images on top of them are always made whole.
+    pub(super) async fn complete_on(
+        &self,
+        mut chain: Chain,
+        images: &Path,
+        whole: bool,
+    ) -> Result<()> {
+        if let Some(tracker) = &mut chain.tracker {
+            tracker.ask(&Order::Finish { images: images.to_owned() }).await?;
+        }
+        if whole || chain.last.starts_with(paths::PRE_DUMPS) {
+            let images = images.to_owned();
+            blocking(move || flatten(&images)).await?.context("complete the images")?;
+        }
+        // Nothing builds on them any more.
+        self.end_pre_dumps().await;
+        Ok(())
+    }
+
+    /// Nothing is tracked any more, and the pre-dumps that ferry keeps for this container are gone.
+    pub(crate) async fn end_pre_dumps(&self) {
+        *self.pre_dumps.chain.lock().await = None;
+        self.pre_dumps.set_last(None);
+        let folder = paths::pre_dumps(&self.namespace, &self.id);
+        let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(folder)).await;
+        if let Ok(Err(err)) = removed
+            && err.kind() != std::io::ErrorKind::NotFound
+        {
+            warn!("remove the pre-dumps of {}: {err}", self.id);
+        }
+    }
+
+    /// Ends the frozen tasks of a dump that CRIU was not to end, without a packet to their peers. Holds
+    /// `op`, and so does not wait for their exit.
+    pub(super) async fn end_frozen(&self) -> Result<()> {
+        let freezer = Freezer::of(self.snapshot().pid).context("find the freezer")?;
+        let pids = self.pids().await?;
+        let silenced = blocking(move || sockets::silence(&pids)).await?;
+        let silenced = silenced.context("silence the connections")?;
+        self.kill_frozen().await?;
+        blocking(move || freezer.thaw(FREEZER)).await?.context("let killed tasks end")?;
+        let mut exited = self.exited.subscribe();
+        tokio::spawn(async move {
+            let _ = timeout(EXIT, exited.wait_for(Option::is_some)).await;
+            drop(silenced);
+        });
+        Ok(())
+    }
+}
+
+/// Undoes what a dump has frozen, if it has.
+pub(super) async fn speak(silent: Option<Silent>) {
+    if let Some(silent) = silent {
+        silent.speak().await;
+    }
+}
+
+fn no_pre_dump(parent: &Path) -> Error {
+    Error::failed_precondition(format!(
+        "{} is not the last pre-dump of this container since it started: make one with ferry predump, or \
+         name no parent",
+        parent.display()
+    ))
+}
+
+/// The process that tracks.
+struct Tracker {
+    _child: Child,
+    orders: pipe::Sender,
+    answers: BufReader<pipe::Receiver>,
+}
+
+impl Tracker {
+    fn start(reaper: &Arc<Reaper>, init: u32) -> Result<Self> {
+        let pipe = || nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).context("make a pipe");
+        let (stdin, orders) = pipe()?;
+        let (answers, stdout) = pipe()?;
+        // By the process, which is there even when the file has been replaced.
+        let mut command = Command::new(format!("/proc/{}/exe", std::process::id()));
+        command.arg0(serve::NAME).arg(init.to_string());
+        command.stdin(stdin).stdout(stdout).stderr(Stdio::null());
+        let child = reaper.spawn(command)?;
+        let orders = pipe::Sender::from_owned_fd(orders).context("make a pipe")?;
+        let answers = pipe::Receiver::from_owned_fd(answers).context("make a pipe")?;
+        Ok(Self { _child: child, orders, answers: BufReader::new(answers) })
+    }
+
+    /// Has it do something. It is never killed: it may be at work in a process of the container.
+    async fn ask(&mut self, order: &Order) -> Result<Report> {
+        let mut line = serde_json::to_vec(order).context("encode an order")?;
+        line.push(b'\n');
+        let mut answer = String::new();
+        let asked = async {
+            self.orders.write_all(&line).await?;
+            self.answers.read_line(&mut answer).await
+        };
+        let asked = timeout(DEADLINE, asked)
+            .await
+            .map_err(|_| Error::deadline_exceeded(format!("no pre-dump after {DEADLINE:?}")))?;
+        match asked.context("talk to the process that tracks memory")? {
+            0 => Err(Error::internal("the process that tracks memory has ended")),
+            _ => {
+                let answer: Answer = serde_json::from_str(&answer).context("decode an answer")?;
+                answer.map_err(Error::internal)
+            }
+        }
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.context("wait for a thread")
+}
