@@ -15,6 +15,8 @@ pub struct Member {
     pub controllers: Vec<String>,
     /// Its folder.
     pub folder: PathBuf,
+    /// Where its hierarchy is mounted.
+    pub mounted: PathBuf,
     /// Whether it is of the unified hierarchy, v2.
     pub unified: bool,
 }
@@ -34,6 +36,14 @@ pub fn of(pid: u32) -> io::Result<Vec<Member>> {
     let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     Ok(members(&mounts, &cgroups))
+}
+
+/// Where in the cgroups of `members` a folder lies that another process has named by its own: the one of
+/// theirs in the same hierarchy, of v1. `None` for what is in no hierarchy.
+pub fn of_same_hierarchy(members: &[Member], folder: &Path) -> Option<PathBuf> {
+    let v1 = members.iter().filter(|member| !member.unified);
+    let same = v1.filter(|member| folder.starts_with(&member.mounted));
+    same.max_by_key(|member| member.mounted.as_os_str().len()).map(|member| member.folder.clone())
 }
 
 /// A mounted hierarchy.
@@ -85,6 +95,7 @@ fn member(mounts: &[Mount<'_>], line: &str) -> Option<Member> {
         Some(Member {
             controllers: controllers.map(str::to_owned).collect(),
             folder: mount.point.join(relative),
+            mounted: mount.point.clone(),
             unified,
         })
     })
@@ -129,11 +140,24 @@ mod tests {
     }
 
     #[test]
+    fn a_folder_of_another_process_is_that_of_ours_in_its_hierarchy() {
+        let ours = members(HYBRID, "7:cpu,cpuacct:/default/t\n0::/default/t\n");
+        let of = |folder: &str| of_same_hierarchy(&ours, Path::new(folder));
+        let expected = Some("/sys/fs/cgroup/cpuacct,cpu/default/t".into());
+        assert_eq!(of("/sys/fs/cgroup/cpuacct,cpu"), expected);
+        assert_eq!(of("/sys/fs/cgroup/cpuacct,cpu/shim"), expected);
+        assert_eq!(of("/sys/fs/cgroup/memory"), None, "we are in none");
+        assert_eq!(of("/sys/fs/cgroup/unified/shim"), None, "v2");
+        assert_eq!(of("/etc/hosts"), None);
+    }
+
+    #[test]
     fn the_unified_hierarchy_has_no_controllers_of_its_own() {
         let mounts = "25 24 0:6 / /sys/fs/cgroup rw - cgroup2 cgroup rw,nsdelegate\n";
         let found = members(mounts, "0::/system.slice/t.scope\n");
         let folder = "/sys/fs/cgroup/system.slice/t.scope".into();
-        assert_eq!(found, [Member { controllers: vec![], folder, unified: true }]);
+        let mounted = "/sys/fs/cgroup".into();
+        assert_eq!(found, [Member { controllers: vec![], folder, mounted, unified: true }]);
     }
 
     #[test]

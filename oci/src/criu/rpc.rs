@@ -4,7 +4,7 @@
 //! every step a place where it can be held, and tells to the microsecond where it is. The messages
 //! are protobuf (CRIU's `images/rpc.proto`); everything not named here is passed on unread.
 
-use protobuf::CodedInputStream;
+use protobuf::{CodedInputStream, CodedOutputStream};
 
 /// `criu_req_type` of a notify.
 const NOTIFY: u64 = 6;
@@ -112,6 +112,46 @@ pub fn amend(request: &[u8], changes: Changes) -> Option<Vec<u8>> {
     Some(amended)
 }
 
+/// Has a restore take its external mounts from elsewhere: `to` is given where the client would have each
+/// from. `None` when `request` is not one to restore.
+pub fn redirect(request: &[u8], to: impl Fn(&str) -> Option<String>) -> Option<Vec<u8>> {
+    // type = RESTORE
+    let [0x08, 2, ..] = request else { return None };
+    // opts = 2, ext_mnt = 23, val = 2
+    replace(request, 2, &|opts| {
+        replace(opts, 23, &|mount| {
+            replace(mount, 2, &|from| to(std::str::from_utf8(from).ok()?).map(String::into_bytes))
+        })
+    })
+}
+
+/// `message` with the texts, bytes or messages of field `number` replaced by what `new` says, if it does.
+fn replace(message: &[u8], number: u32, new: &dyn Fn(&[u8]) -> Option<Vec<u8>>) -> Option<Vec<u8>> {
+    let mut input = CodedInputStream::from_bytes(message);
+    let mut replaced = Vec::with_capacity(message.len());
+    let mut at = 0;
+    while let Some(tag) = input.read_raw_tag_or_eof().ok()? {
+        let changed = match tag == number << 3 | 2 {
+            true => new(&input.read_bytes().ok()?),
+            false => {
+                skip(&mut input, tag)?;
+                None
+            }
+        };
+        let end = usize::try_from(input.pos()).ok()?;
+        match changed {
+            None => replaced.extend_from_slice(&message[at..end]),
+            Some(bytes) => {
+                let mut output = CodedOutputStream::vec(&mut replaced);
+                output.write_bytes(number, &bytes).ok()?;
+                output.flush().ok()?;
+            }
+        }
+        at = end;
+    }
+    Some(replaced)
+}
+
 fn varint(value: u8) -> [u8; 2] {
     [value | 0x80, value >> 7]
 }
@@ -191,6 +231,31 @@ mod tests {
         // A question for the version.
         assert_eq!(amend(&[0x08, 10], changes), None);
         assert_eq!(amend(&[], changes), None);
+    }
+
+    #[test]
+    fn mounts_are_redirected_and_nothing_else_is_touched() {
+        let mount = |key: &str, val: &str| {
+            let mut mount = vec![0x0a, key.len() as u8];
+            mount.extend_from_slice(key.as_bytes());
+            mount.extend([0x12, val.len() as u8]);
+            mount.extend_from_slice(val.as_bytes());
+            [vec![0xba, 0x01, mount.len() as u8], mount].concat()
+        };
+        let request = |kind: u8, mounts: &[Vec<u8>]| {
+            // images_dir_fd, a text that looks the same, and a number behind.
+            let opts =
+                [vec![0x08, 7, 0x12, 2, b'/', b'a'], mounts.concat(), vec![0x48, 4]].concat();
+            [vec![0x08, kind, 0x12, opts.len() as u8], opts, vec![0x18, 1]].concat()
+        };
+        let before = [mount("/x", "/a"), mount("/y", "/other")];
+        let to = |from: &str| (from == "/a").then(|| "/a/longer".to_owned());
+        let after = [mount("/x", "/a/longer"), mount("/y", "/other")];
+        assert_eq!(redirect(&request(2, &before), to), Some(request(2, &after)));
+        assert_eq!(redirect(&request(2, &before), |_| None), Some(request(2, &before)));
+        assert_eq!(redirect(&request(1, &before), to), None, "a dump");
+        let whole = request(2, &before);
+        assert_eq!(redirect(&whole[..whole.len() - 3], to), None);
     }
 
     #[test]

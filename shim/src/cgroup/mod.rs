@@ -127,6 +127,7 @@ mod tests {
         let inner = || Member {
             controllers: vec![],
             folder: "/sys/fs/cgroup/default/t/init.scope".into(),
+            mounted: "/sys/fs/cgroup".into(),
             unified: true,
         };
         let of = |path: &str| outermost(inner(), Some(Path::new(path))).folder;

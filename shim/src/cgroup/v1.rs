@@ -233,6 +233,7 @@ mod tests {
         let member = |name: &&str| Member {
             controllers: vec![name.to_string()],
             folder: root.join(name),
+            mounted: root.join(name),
             unified: false,
         };
         controllers.iter().map(member).collect()

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use ferry_oci::criu::rpc::{self, Changes, FromCriu};
 use ferry_oci::criu::wrapper;
-use ferry_oci::paths;
+use ferry_oci::{hierarchies, paths};
 use log::{debug, warn};
 use nix::cmsg_space;
 use nix::sys::socket::{
@@ -352,9 +352,23 @@ impl Talk {
             log_level: self.log_level,
         };
         match rpc::amend(&message.bytes, changes) {
-            Some(bytes) => send(&self.criu, &Message { bytes, ..message }).await,
+            Some(bytes) => {
+                let bytes = self.own_cgroups(&bytes).unwrap_or(bytes);
+                send(&self.criu, &Message { bytes, ..message }).await
+            }
             None => send(&self.criu, &message).await,
         }
+    }
+
+    /// Has the container see its own cgroups, of v1: runc names those of itself, and has put CRIU into the
+    /// container's by now. `None` when this is no restore.
+    fn own_cgroups(&self, request: &[u8]) -> Option<Vec<u8>> {
+        let pid = self.progress.borrow().pid?;
+        let members = hierarchies::of(pid.cast_unsigned()).ok()?;
+        rpc::redirect(request, |from| {
+            let own = hierarchies::of_same_hierarchy(&members, Path::new(from))?;
+            Some(own.to_str()?.to_owned())
+        })
     }
 
     async fn decide(&mut self, go: bool) -> io::Result<()> {

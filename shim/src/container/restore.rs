@@ -109,9 +109,8 @@ impl Container {
         admit(self.snapshot().status, Op::Restore)?;
         let deadline = params.deadline;
         let silent = self.stay_silent(&params.images).await?;
-        let watched = self.watch_network(&params)?;
-        let env = watched.as_ref().map(|(_, env)| env.as_slice()).unwrap_or_default();
-        let mut attempt = self.begin(&params, None, env)?;
+        let (_line, env) = self.watch(&params)?;
+        let mut attempt = self.begin(&params, None, &env)?;
         let result = match attempt.runc.wait(deadline).await {
             Ok(()) => self.connect_terminal().await.and_then(|()| read_pid(&self.init_pid_file())),
             Err(err) => Err(explain(err, "restore", &attempt.log)),
@@ -132,18 +131,16 @@ impl Container {
         }
     }
 
-    /// A line to CRIU that brings up the loopback device of the network namespace that it makes, and what
-    /// runc's environment needs for it; none where it makes no namespace.
-    fn watch_network(&self, params: &RestoreParams) -> Result<Option<(Line, Env)>> {
-        if Network::of(&self.bundle)? != Network::Private {
-            return Ok(None);
-        }
+    /// A line to CRIU that gives the container its own cgroups, and brings up the loopback device of the
+    /// network namespace that CRIU makes; and what runc's environment needs for it.
+    fn watch(&self, params: &RestoreParams) -> Result<(Line, Env)> {
+        let private = Network::of(&self.bundle)? == Network::Private;
         std::fs::create_dir_all(&params.work).context("make the work folder")?;
         let relay = Relay::listen(&params.images, &params.work)?;
         let env = relay.env(None);
-        let line = relay.start(true, None);
+        let line = relay.start(private, None);
         line.go();
-        Ok(Some((line, env)))
+        Ok((line, env))
     }
 
     /// Restores up to CRIU's post-restore and holds it there: memory, files and sockets are back,
