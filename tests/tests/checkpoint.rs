@@ -3,6 +3,8 @@
 //!
 //! Not with the reference: it restores no connection.
 
+use std::fs::File;
+use std::io::Read;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -69,7 +71,11 @@ impl<'a> Bed<'a> {
 
     /// A checkpoint with exit, and what is left of the task removed.
     fn checkpoint(&self, shim: &Shim, id: &str) -> Result<()> {
-        let request = checkpoint_request(id, &json!({ "exit": true }));
+        self.checkpoint_of(shim, id, false)
+    }
+
+    fn checkpoint_of(&self, shim: &Shim, id: &str, terminal: bool) -> Result<()> {
+        let request = checkpoint_request(id, &json!({ "exit": true, "terminal": terminal }));
         shim.task.call_for::<api::Empty>("Checkpoint", &request, Duration::from_secs(60))?;
         ensure!(shim.wait(id, "")? == 137, "it has not been killed");
         shim.delete(id, "")?;
@@ -78,8 +84,11 @@ impl<'a> Bed<'a> {
 
     fn restore(&self, shim: &Shim, id: &str) -> Result<()> {
         self.bundle(id, ECHO, &Value::Null)?;
-        let request =
-            api::CreateTaskRequest { checkpoint: IMAGES.into(), ..self.hand.create_request(id) };
+        self.restore_as(shim, id, self.hand.create_request(id))
+    }
+
+    fn restore_as(&self, shim: &Shim, id: &str, request: api::CreateTaskRequest) -> Result<()> {
+        let request = api::CreateTaskRequest { checkpoint: IMAGES.into(), ..request };
         shim.task.call::<api::CreateTaskResponse>("Create", &request)?;
         shim.start(id, "").context("restore")?;
         Ok(())
@@ -99,9 +108,47 @@ impl<'a> Bed<'a> {
     }
 }
 
+/// Writes numbered lines for ever.
+const LINES: &[&str] =
+    &["sh", "-c", "i=0; while :; do i=$((i+1)); echo line $i; usleep 10000; done"];
+/// A log program: appends to a file what comes by descriptor 3, and is ready when 5 is closed.
+const LOGGER: &str = "#!/bin/sh\nexec 5>&-\nexec cat <&3 >>/var/tmp/logged\n";
+
+/// Where the output of a task goes.
+enum Output {
+    Fifo(String, File, Vec<u8>),
+    Uri(String, &'static str),
+}
+
+impl Output {
+    /// Everything so far.
+    fn read(&mut self, host: &Host) -> Result<String> {
+        let bytes = match self {
+            Self::Uri(_, file) => {
+                std::fs::read(host.root().join(file.trim_start_matches('/'))).unwrap_or_default()
+            }
+            Self::Fifo(_, file, all) => {
+                let mut chunk = vec![0; 1 << 16];
+                while let Ok(count @ 1..) = file.read(&mut chunk) {
+                    all.extend_from_slice(&chunk[..count]);
+                }
+                all.clone()
+            }
+        };
+        // A terminal ends lines in its own way.
+        Ok(String::from_utf8(bytes)?.replace("\r\n", "\n"))
+    }
+
+    fn name(&self) -> String {
+        match self {
+            Self::Fifo(name, ..) | Self::Uri(name, _) => name.clone(),
+        }
+    }
+}
+
 /// Options as protobuf: the fields that are used here are booleans.
 fn checkpoint_request(id: &str, options: &Value) -> api::CheckpointTaskRequest {
-    let numbers = [("exit", 1_u8), ("open_tcp", 2)];
+    let numbers = [("exit", 1_u8), ("open_tcp", 2), ("terminal", 4)];
     let set = numbers.iter().filter(|(name, _)| options[name] == true);
     let mut packed = any("containerd.runc.v1.CheckpointOptions", &Value::Null);
     packed.value = set.flat_map(|(_, number)| [number << 3, 1]).collect();
@@ -189,4 +236,64 @@ fn a_dump_that_fails_leaves_the_container_running_and_its_client_connected() -> 
     ensure!(bed.tables()?.trim().is_empty(), "{}", bed.tables()?);
     client.stop()?;
     bed.end(&shim, "s")
+}
+
+#[test]
+fn output_goes_on_in_its_place_over_three_checkpoints() -> Result<()> {
+    let Some(lab) = lab()? else { return Ok(()) };
+    let bed = Bed::on(&lab)?;
+    std::fs::write(bed.host.root().join("usr/local/bin/log-lines"), LOGGER)?;
+    bed.host.run("chmod +x /usr/local/bin/log-lines")?;
+    for (kind, terminal) in
+        [("fifo", false), ("terminal", true), ("file", false), ("program", false)]
+    {
+        let mut output = match kind {
+            "file" => Output::Uri("file:///var/tmp/lines".into(), "/var/tmp/lines"),
+            "program" => Output::Uri("binary:///usr/local/bin/log-lines".into(), "/var/tmp/logged"),
+            _ => {
+                let (name, file) = bed.hand.fifo(kind)?;
+                Output::Fifo(name, file, Vec::new())
+            }
+        };
+        let stdout = output.name();
+        let request = || api::CreateTaskRequest {
+            stdout: stdout.clone(),
+            terminal,
+            ..bed.hand.create_request("s")
+        };
+        let bundle = || -> Result<()> {
+            bed.bundle("s", LINES, &Value::Null)?;
+            let config = bed.hand.path("/run/by-hand/s/config.json");
+            let mut spec: Value = serde_json::from_slice(&std::fs::read(&config)?)?;
+            spec["process"]["terminal"] = terminal.into();
+            std::fs::write(&config, spec.to_string()).context("write the bundle")
+        };
+        let mut shim = bed.hand.shim(SHIM, "s", V3)?;
+        bundle()?;
+        shim.task.call::<api::CreateTaskResponse>("Create", &request())?;
+        shim.start("s", "")?;
+        for round in 0..3 {
+            writes_on(bed.host, &mut output).with_context(|| format!("{kind}, round {round}"))?;
+            bed.checkpoint_of(&shim, "s", terminal)?;
+            bed.hand.clear_but_rules()?;
+            shim = bed.hand.shim(SHIM, "s", V3)?;
+            bundle()?;
+            bed.restore_as(&shim, "s", request())?;
+            bed.host.run(&format!("rm -r {IMAGES}"))?;
+        }
+        writes_on(bed.host, &mut output).context(kind)?;
+        let all = output.read(bed.host)?;
+        let lines: Vec<_> = all.split_inclusive('\n').filter(|line| line.ends_with('\n')).collect();
+        for (number, line) in (1..).zip(&lines) {
+            ensure!(*line == format!("line {number}\n"), "{kind}: line {number} is {line:?}");
+        }
+        bed.end(&shim, "s")?;
+    }
+    Ok(())
+}
+
+/// Waits until more lines have come.
+fn writes_on(host: &Host, output: &mut Output) -> Result<()> {
+    let before = output.read(host)?.lines().count();
+    until("lines come", || Ok(output.read(host)?.lines().count() > before + 10))
 }
