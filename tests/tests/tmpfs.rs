@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use ferry_tests::ctr::until;
 use ferry_tests::scene::{RUNTIME, traces, wait_for_traces_but_pages};
 use ferry_tests::{Host, Scene};
 
@@ -141,5 +142,52 @@ fn what_is_large_or_odd_is_left_to_criu() -> Result<()> {
     ensure!(report["happened"]["tmpfs"] == 3, "{report}");
     ensure!(report["happened"]["tmpfs_again"] == 0, "{report}");
     assert_eq!(all(scene.host("b"))?, before);
+    Ok(())
+}
+
+/// Writes down what happens in folders that it watches.
+const WATCH: &str = r#"
+import ctypes, os, struct, sys
+libc = ctypes.CDLL(None)
+watches = libc.inotify_init()
+for folder in sys.argv[1:]:
+    libc.inotify_add_watch(watches, folder.encode(), 0x100)
+log = open("/log", "a", buffering=1)
+log.write("watching\n")
+while True:
+    events, at = os.read(watches, 4096), 0
+    while at < len(events):
+        watch, _, _, length = struct.unpack_from("iIII", events, at)
+        name = events[at + 16:at + 16 + length].rstrip(b"\0").decode()
+        log.write(f"{watch} {name}\n")
+        at += 16 + length
+"#;
+
+/// CRIU finds a watched file by a list whose name the gate of a prepared dump takes.
+#[test]
+fn watches_on_files_in_memory_go_on_after_a_move() -> Result<()> {
+    let scene = Scene::start()?;
+    let (a, b) = (scene.host("a"), scene.host("b"));
+    std::fs::write(a.root().join("tmp/watch.py"), WATCH)?;
+    a.run(&format!(
+        "ctr run -d --null-io --mount type=tmpfs,src=tmpfs,dst=/run/own,options=size=4m \
+         --runtime {RUNTIME} docker.io/library/python:latest box \
+         python3 -c \"$(cat /tmp/watch.py)\" /dev/shm /run/own"
+    ))?;
+    until("it watches", || Ok(inside(a, "cat /log")?.contains("watching")))?;
+    for (number, host) in (0..).zip([a, b]) {
+        inside(host, &format!("touch /dev/shm/{number} /run/own/{number}"))?;
+        let lines = 3 + 2 * number;
+        until("it has seen both", || Ok(inside(host, "cat /log")?.lines().count() == lines))?;
+        if number == 0 {
+            let report = scene.try_migrate("box", "a", "b", "--json")?.checked("ferry migrate")?;
+            let report: serde_json::Value = serde_json::from_str(&report.stdout)?;
+            let held = report["fast"].as_array().context("no choices")?;
+            let held = held.iter().find(|choice| choice["name"] == "held-dump");
+            ensure!(held.is_some_and(|choice| choice["off"].is_null()), "{report}");
+        }
+    }
+    let log = inside(b, "cat /log")?;
+    ensure!(log == "watching\n1 0\n2 0\n1 1\n2 1\n", "{log}");
     Ok(())
 }
