@@ -29,7 +29,7 @@ mod service;
 mod state;
 mod strays;
 
-use ferry_oci::pages::predump::serve;
+use ferry_oci::pages::{predump::serve as predump, serve as pages};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -39,14 +39,16 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     // The shim has started it, to track a container's writes.
-    if serve::is_called() {
-        return match serve::serve() {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(err) => {
-                eprintln!("{}: {err}", serve::NAME);
-                ExitCode::FAILURE
-            }
-        };
+    let tracking = if predump::is_called() {
+        Some(predump::serve())
+    } else if pages::is_called() {
+        Some(pages::serve())
+    } else {
+        None
+    };
+    if let Some(ended) = tracking {
+        // Nobody listens: the shim hears of it by the end.
+        return if ended.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
     match boot::run() {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,14 +1,22 @@
 //! The page daemon in the middle of a move: what it must follow, and who of it is killed when.
 
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use ferry_cli::phase::Phase;
+use ferry_oci::api::ferry::{DescribeRequest, Pages};
+use ferry_oci::pages::areas::parse_smaps;
 use ferry_oci::pages::daemon::Client;
+use ferry_oci::pages::store::{Limits, Store};
+use ferry_oci::pages::stream::Receiver;
 use ferry_tests::memory::{Asked, HELD_FILL, LATE_FILL, stores, wait_for_fill};
 use ferry_tests::scene::{
     FLOATING, go_on, stop_at, task_state, traces, wait_for_traces, wait_for_traces_but_pages,
 };
+use ferry_tests::task::Task;
 use ferry_tests::{Host, Scene};
 
 /// How long a migration may take to come to its end.
@@ -141,4 +149,86 @@ fn a_dump_from_which_nothing_is_hidden_is_noticed_and_loses_nothing() -> Result<
     wait_for_fill(scene.host("b"))?;
     ensure!(digest(scene.host("b"))? == before, "the digest is another");
     Ok(())
+}
+
+/// Asks for a round of the stream and puts it into `store`; bytes of the stream.
+fn round(
+    mut stream: &UnixStream,
+    kind: u8,
+    receiver: &mut Receiver,
+    store: &mut Store,
+) -> Result<u64> {
+    stream.write_all(&[kind])?;
+    let mut bytes = vec![0; 64 << 10];
+    loop {
+        let count = stream.read(&mut bytes)?;
+        ensure!(count > 0, "it breaks off");
+        if let Some(done) = receiver.push(&bytes[..count], store)? {
+            return Ok(done.bytes);
+        }
+    }
+}
+
+/// As somebody would that has only the Ferry service's description.
+#[test]
+fn the_stream_of_pages_is_had_at_a_socket_of_its_own_and_is_what_the_container_has() -> Result<()> {
+    let scene = Scene::start()?;
+    let host = scene.host("a");
+    let mut memory = scene.start_memory("a", RESTLESS, "")?;
+    let before = traces(host)?;
+    let path = "/run/containerd/io.containerd.runtime.v2.task/default/mem/ferry.json";
+    let announced: serde_json::Value =
+        serde_json::from_str(&host.run(&format!("cat {path}"))?.stdout)?;
+    let inside = |path: &str| host.root().join(path.trim_start_matches('/'));
+    let service = inside(announced["socket"].as_str().context("no socket")?);
+    let ferry = Task::connect(&service, "ferry.v1.Ferry")?;
+    let request = DescribeRequest { id: "mem".into(), ..Default::default() };
+    host.run("ferry predump mem")?;
+    let refused = ferry.call::<Pages>("OpenPages", &request).err().context("beside pre-dumps")?;
+    ensure!(refused.to_string().contains("ferry predump --end"), "{refused}");
+    host.run("ferry predump mem --end")?;
+    let pages: Pages = ferry.call("OpenPages", &request)?;
+    let socket = inside(&pages.socket);
+    let stream = UnixStream::connect(&socket)?;
+    stream.set_read_timeout(Some(END))?;
+    let (mut receiver, mut store) = (Receiver::new(), Store::create(&Limits::default())?);
+    let first = round(&stream, b'r', &mut receiver, &mut store)?;
+    memory.check().context("after the first round")?;
+    let second = round(&stream, b'r', &mut receiver, &mut store)?;
+    ensure!(first > 8 << 20 && second < first, "{first} bytes, then {second}");
+    ensure!(!socket.exists(), "a second one could connect");
+    host.run("ctr task pause mem")?;
+    round(&stream, b'f', &mut receiver, &mut store)?;
+    let compared = compare(host, &store)?;
+    ensure!(compared > 3000, "{compared} pages");
+    host.run("ctr task resume mem")?;
+    drop(stream);
+    memory.check().context("at the end")?;
+    wait_for_traces(host, &before, "after the stream")
+}
+
+/// Compares what the frozen processes of `mem` have with `store`; how many pages that were.
+fn compare(host: &Host, store: &Store) -> Result<u64> {
+    let mut compared = 0;
+    let pids = host.run("cat /sys/fs/cgroup/freezer/default/mem/cgroup.procs")?.stdout;
+    for pid in pids.split_whitespace() {
+        let proc = host.root().join("proc").join(pid);
+        let status = std::fs::read_to_string(proc.join("status"))?;
+        let space = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+        let space = space.and_then(|pids| pids.split_whitespace().last()).context("no NSpid")?;
+        let areas = parse_smaps(&std::fs::read(proc.join("smaps"))?)?;
+        let memory = std::fs::File::open(proc.join("mem"))?;
+        for area in areas.iter().filter(|area| area.hideable()) {
+            for at in area.range().step_by(4096) {
+                let (mut stored, mut real) = ([0; 4096], [0; 4096]);
+                let there = store.read(space.parse()?, at, &mut stored)?;
+                // What is not there, and guards, are as good as zeros.
+                if memory.read_exact_at(&mut real, at).is_ok() {
+                    ensure!(stored == real, "process {space}, page {at:x}, {there}");
+                    compared += u64::from(there);
+                }
+            }
+        }
+    }
+    Ok(compared)
 }

@@ -18,6 +18,7 @@ pub mod predump;
 pub mod reader;
 pub mod rounds;
 pub mod scan;
+pub mod serve;
 pub mod store;
 pub mod stream;
 pub mod tracker;

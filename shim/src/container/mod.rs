@@ -12,6 +12,7 @@ mod exec;
 mod exit;
 mod lifecycle;
 mod network;
+mod pages;
 mod predump;
 mod prepared;
 mod relay;

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use ferry_oci::api::ferry::{
     CheckpointRequest, CheckpointResponse, CommitRequest, CompleteRequest, DescribeRequest,
-    Description, DumpResponse, Empty, FreezeRequest, FreezeResponse, MigrationRequest, Phase,
-    PreDumpRequest, PreDumpResponse, PrepareDumpRequest, PrepareDumpResponse, ReleaseResponse,
-    RestoreRequest, RestoreResponse,
+    Description, DumpResponse, Empty, FreezeRequest, FreezeResponse, MigrationRequest, Pages,
+    Phase, PreDumpRequest, PreDumpResponse, PrepareDumpRequest, PrepareDumpResponse,
+    ReleaseResponse, RestoreRequest, RestoreResponse,
 };
 use ferry_oci::api::ferry_ttrpc::Ferry;
 use ferry_oci::paths;
@@ -199,6 +199,15 @@ impl Ferry for FerryService {
                 by_criu: done.by_criu,
                 ..Default::default()
             })
+        })
+        .await
+    }
+
+    async fn open_pages(&self, _: &TtrpcContext, request: DescribeRequest) -> ttrpc::Result<Pages> {
+        let container = self.containers.get(&request.id)?;
+        finish(async move {
+            let socket = container.open_pages().await?.display().to_string();
+            Ok(Pages { socket, ..Default::default() })
         })
         .await
     }
