@@ -317,3 +317,38 @@ fn images_that_ask_for_more_than_the_container_has_are_refused_and_change_nothin
     host.run(&format!("cp /root/whole {images}; ferry restore taken"))?;
     counts_on(host, "counter")
 }
+
+#[test]
+fn a_restore_that_is_killed_before_it_opens_the_address_leaves_that_to_the_shim() -> Result<()> {
+    let scene = Scene::start()?;
+    let host = scene.host("a");
+    let empty = traces(host)?;
+    scene.start_redis("a", 0)?;
+    let mut client = Counter::start_at(scene.lab.client(), FLOATING, 6379, "INCR counter")?;
+    client.goes_on()?;
+    host.run(&format!(
+        "ferry checkpoint redis kept --exit && ip addr del {FLOATING}/24 dev eth0; rm -f /tmp/fault"
+    ))?;
+    let killed = host.spawn(&format!(
+        "FERRY_FAULT=restored:/tmp/fault exec ferry restore kept --ip {FLOATING}/24"
+    ))?;
+    host.wait_until("it has started the container", |host| {
+        host.output("test -e /tmp/fault").is_ok_and(|output| output.status.success())
+    })?;
+    killed.signal(Signal::SIGKILL);
+    drop(killed);
+    let silent = || -> Result<bool> { Ok(host.run("nft list tables")?.stdout.contains("ferry-")) };
+    ensure!(silent()?, "the address is open already");
+    let start = std::time::Instant::now();
+    until("the shim opens the address", || Ok(!silent()?))?;
+    ensure!(start.elapsed() < Duration::from_secs(7), "only after {:?}", start.elapsed());
+    client.goes_on().context("after a restore that was killed")?;
+    client.stop()?;
+    // The next command keeps it.
+    host.run("ferry checkpoint redis again --exit; ferry discard again; ferry discard kept")?;
+    wait_for_status(host, "redis", "STOPPED")?;
+    host.run(&format!(
+        "ctr task rm redis; ctr container rm redis; rm -f /tmp/fault; ip addr del {FLOATING}/24 dev eth0"
+    ))?;
+    wait_for_traces(host, &empty, "after all of it")
+}

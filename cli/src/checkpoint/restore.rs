@@ -28,6 +28,7 @@ use crate::containerd::{
 };
 use crate::describe::checks::RUNTIME;
 use crate::lock;
+use crate::migrate::fault;
 use crate::network::address::{self, Cidr};
 use crate::network::queue::Held;
 use crate::wire::messages::ContainerdAddress;
@@ -127,7 +128,7 @@ async fn there(containerd: &Containerd, id: &str) -> Result<Option<(ContainerRec
 impl Restore {
     /// Everything but the start.
     async fn prepare(&mut self) -> Result<()> {
-        let images = self.place.folder("images")?;
+        let images = self.place.folder(paths::CHECKPOINT_IMAGES)?;
         self.unpack(&images).await?;
         let record = DumpRecord::read(&images).context("read the record of the dump")?;
         self.addresses(record.as_ref())?;
@@ -303,6 +304,8 @@ impl Restore {
             address.held.open()?;
         }
         let pid = self.store.start_task(&self.id).await?;
+        // The shim opens the address should this be killed here.
+        fault::at(fault::RESTORED).await;
         self.place.started();
         Ok(pid)
     }
