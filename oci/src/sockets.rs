@@ -4,6 +4,7 @@ mod kinds;
 mod outside;
 mod room;
 mod silent;
+mod unread;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,6 +22,7 @@ pub use kinds::{Kind, kinds};
 pub use outside::{Outside, outside};
 use room::Room;
 pub use silent::{Silenced, silence};
+pub use unread::{Unread, unread};
 
 /// Transport protocol of an inet socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
