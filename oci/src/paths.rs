@@ -77,6 +77,22 @@ pub fn preferred(migration: &str) -> PathBuf {
     Path::new(RECORDS).join(format!("{migration}.preferred"))
 }
 
+/// Folders in which checkpoints are put together and taken apart, each named `NAMESPACE.ID`. On a disk.
+pub const CHECKPOINTS: &str = "/var/lib/ferry/checkpoints";
+/// Folder of CRIU's images in one of them.
+pub const CHECKPOINT_IMAGES: &str = "images";
+/// File in one of them that says that the container it is restored for has run.
+pub const CHECKPOINT_STARTED: &str = "started";
+
+/// Folder and id of the `ferry restore` that has brought the folder `images`, if one has. Its address is
+/// silent under this id.
+pub fn restore_of(images: &Path) -> Option<(&Path, &str)> {
+    let folder = images.parent().filter(|_| images.ends_with(CHECKPOINT_IMAGES))?;
+    let name = folder.file_name()?.to_str()?;
+    let id = name.rsplit_once('.').map(|(_, id)| id).filter(|id| is_migration_id(id))?;
+    (folder.parent()? == Path::new(CHECKPOINTS)).then_some((folder, id))
+}
+
 /// Name of a file that differs after every start of this host.
 pub const EPOCH: &str = "/run/ferry/epoch";
 
@@ -103,7 +119,8 @@ pub fn is_plain_name(name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::is_plain_name;
+    use super::{CHECKPOINTS, is_plain_name, restore_of};
+    use std::path::Path;
 
     #[test]
     fn names_of_images_stay_in_their_folder() {
@@ -112,6 +129,20 @@ mod tests {
         }
         for bad in ["", ".", "..", "../x", "a/b", ".hidden", "a\0b"] {
             assert!(!is_plain_name(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_restore_of_ours_is_told_by_where_its_images_are() {
+        let of = |folder: &str| {
+            let path = Path::new(folder);
+            restore_of(path).map(|(folder, id)| (folder.to_owned(), id.to_owned()))
+        };
+        let folder = format!("{CHECKPOINTS}/k8s.io.0123456789abcdef");
+        let found = of(&format!("{folder}/images")).unwrap();
+        assert_eq!(found, (folder.clone().into(), "0123456789abcdef".to_owned()));
+        for other in [&folder, "/images", "/tmp/k.0123456789abcdef/images", "/x/ns.../images"] {
+            assert_eq!(of(other), None, "{other}");
         }
     }
 }

@@ -2,6 +2,9 @@
 
 mod kinds;
 mod outside;
+mod room;
+mod silent;
+mod unread;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,6 +20,9 @@ use serde::{Deserialize, Serialize};
 
 pub use kinds::{Kind, kinds};
 pub use outside::{Outside, outside};
+use room::Room;
+pub use silent::{Silenced, silence};
+pub use unread::{Unread, unread};
 
 /// Transport protocol of an inet socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -118,38 +124,6 @@ fn socket_inode(link: &Path) -> Option<u64> {
     link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
-/// Connections that were taken out of the protocol: as long as this is held, and after the
-/// processes that owned them have ended, their peers hear nothing from this host.
-#[derive(Debug, Default)]
-pub struct Silenced {
-    held: Vec<OwnedFd>,
-}
-
-impl Silenced {
-    /// How many connections were silenced.
-    pub fn len(&self) -> usize {
-        self.held.len()
-    }
-
-    /// Whether there were none.
-    pub fn is_empty(&self) -> bool {
-        self.held.is_empty()
-    }
-}
-
-/// Puts the TCP connections of `pids` into repair mode, in which closing sends nothing. To be
-/// called while the processes are frozen; drop the result after they have ended.
-///
-/// # Errors
-/// When a process or a socket cannot be reached; nothing is known of the rest then.
-pub fn silence(pids: &[u32]) -> io::Result<Silenced> {
-    let held = connections(pids)?;
-    for connection in &held {
-        setsockopt(connection, sockopt::TcpRepair, &1)?;
-    }
-    Ok(Silenced { held })
-}
-
 /// Has the kernel end the TCP connections of process `pid` whose peer has been silent for about
 /// `limit`, at least 4 s, also while nothing is sent on them. How many there are.
 ///
@@ -172,6 +146,7 @@ pub fn end_when_silent(pid: u32, limit: Duration) -> io::Result<usize> {
 
 /// Copies of the TCP connections of `pids`, each once.
 fn connections(pids: &[u32]) -> io::Result<Vec<OwnedFd>> {
+    let _room = Room::make()?;
     let owners = inodes_of(pids);
     let mut copies = Vec::new();
     for socket in of_processes(pids)? {

@@ -43,7 +43,9 @@ pub(crate) fn cleanup(namespace: &str, id: &str, bundle: &Path) -> u32 {
             eprintln!("{what}: {err}");
         }
     }
-    drop(silenced);
+    if let Some(silenced) = silenced {
+        silenced.leave();
+    }
     init_pid(bundle)
 }
 

@@ -179,6 +179,27 @@ fn what_a_program_does_is_named_with_its_cure() -> Result<()> {
             "warning",
         ),
         (net, "s = socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)", "raw-socket", "warning"),
+        (
+            net,
+            "e = os.eventfd(3, os.EFD_SEMAPHORE)\n\
+             assert 'semaphore: 1' in open(f'/proc/self/fdinfo/{e}').read()",
+            "eventfd-semaphore",
+            "warning",
+        ),
+        (
+            net,
+            "import struct\nt = ctypes.CDLL(None).timerfd_create(1, 0)\n\
+             ctypes.CDLL(None).timerfd_settime(t, 0, struct.pack('4q', 0, 10**7, 0, 1), None)",
+            "timerfd-unread",
+            "warning",
+        ),
+        (
+            net,
+            "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('127.0.0.1', 0))\n\
+             s.sendto(b'hello', s.getsockname())",
+            "udp-unread",
+            "warning",
+        ),
         (net, "s = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)", "socket-family", "blocker"),
         (
             net,

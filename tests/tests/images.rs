@@ -253,3 +253,102 @@ fn a_dump_or_a_restore_that_fails_leaves_everything_as_it_was() -> Result<()> {
     host.run("ferry restore good")?;
     counts_on(host, "counter")
 }
+
+#[test]
+fn images_that_ask_for_more_than_the_container_has_are_refused_and_change_nothing() -> Result<()> {
+    /// What is changed in CRIU's images, of the same length, and part of the refusal.
+    const CHANGES: [(&str, &str, &str, &str); 5] = [
+        // A mount where the container has none.
+        ("/sys/firmware", "/sys/firmwarx", "at /sys/firmwarx", "mounts"),
+        // One that can be written: the flags come before root and target.
+        (
+            r"\x28\x8f\x80\x80\x01\x32\x04/sys",
+            r"\x28\x8e\x80\x80\x01\x32\x04/sys",
+            "at /proc/sys",
+            "mounts",
+        ),
+        // A bind of the host's root.
+        (
+            r"\x28\x8e\x80\x80\x01\x32\x01/\x3a\x05/proc",
+            r"\x28\x8e\xa0\x80\x01\x32\x01/\x3a\x05/proc",
+            "no mount's own",
+            "mounts",
+        ),
+        // The host's processes: CRIU's own namespace is number 1.
+        (r"\x28\x09\x30", r"\x28\x01\x30", "the host's pid namespace", "namespaces"),
+        // The limits and devices of another container.
+        (
+            r"pids\x12\x10/default/counter",
+            r"pids\x12\x10/default/another",
+            "/default/another",
+            "namespaces",
+        ),
+    ];
+    let scene = Scene::start()?;
+    let host = scene.host("a");
+    host.run(&format!(
+        "ctr run -d --null-io --runtime {RUNTIME} {BUSYBOX} counter sh -c '{COUNTS}'"
+    ))?;
+    counts_on(host, "counter")?;
+    host.run("ferry checkpoint counter taken")?;
+    end(host, "counter")?;
+    host.run("ferry restore taken")?;
+    counts_on(host, "counter").context("as it was dumped")?;
+    end(host, "counter")?;
+    let blobs = "/var/lib/containerd/io.containerd.content.v1.content/blobs/sha256";
+    let find = format!(
+        "for f in {blobs}/*; do tar -tf $f inventory.img >/dev/null 2>&1 && echo $f; done; true"
+    );
+    let images = host.run(&find)?.stdout.trim().to_owned();
+    ensure!(images.lines().count() == 1, "CRIU's images: {images:?}");
+    host.run(&format!("cp {images} /root/whole"))?;
+    let before = traces(host)?;
+    for (from, to, part, kind) in CHANGES {
+        host.run(&format!("LC_ALL=C sed 's|{from}|{to}|g' /root/whole > {images}"))?;
+        ensure!(
+            !host.output(&format!("cmp -s /root/whole {images}"))?.status.success(),
+            "{part}: nothing is changed"
+        );
+        let refusal = refused(host, "ferry restore taken")?;
+        ensure!(refusal.contains(part), "{part}: {refusal}");
+        ensure!(refusal.contains(&format!("--allow {kind}")), "{part}: {refusal}");
+        wait_for_traces(host, &before, part)?;
+    }
+    host.run(&format!("cp /root/whole {images}; ferry restore taken"))?;
+    counts_on(host, "counter")
+}
+
+#[test]
+fn a_restore_that_is_killed_before_it_opens_the_address_leaves_that_to_the_shim() -> Result<()> {
+    let scene = Scene::start()?;
+    let host = scene.host("a");
+    let empty = traces(host)?;
+    scene.start_redis("a", 0)?;
+    let mut client = Counter::start_at(scene.lab.client(), FLOATING, 6379, "INCR counter")?;
+    client.goes_on()?;
+    host.run(&format!(
+        "ferry checkpoint redis kept --exit && ip addr del {FLOATING}/24 dev eth0; rm -f /tmp/fault"
+    ))?;
+    let killed = host.spawn(&format!(
+        "FERRY_FAULT=restored:/tmp/fault exec ferry restore kept --ip {FLOATING}/24"
+    ))?;
+    host.wait_until("it has started the container", |host| {
+        host.output("test -e /tmp/fault").is_ok_and(|output| output.status.success())
+    })?;
+    killed.signal(Signal::SIGKILL);
+    drop(killed);
+    let silent = || -> Result<bool> { Ok(host.run("nft list tables")?.stdout.contains("ferry-")) };
+    ensure!(silent()?, "the address is open already");
+    let start = std::time::Instant::now();
+    until("the shim opens the address", || Ok(!silent()?))?;
+    ensure!(start.elapsed() < Duration::from_secs(7), "only after {:?}", start.elapsed());
+    client.goes_on().context("after a restore that was killed")?;
+    client.stop()?;
+    // The next command keeps it.
+    host.run("ferry checkpoint redis again --exit; ferry discard again; ferry discard kept")?;
+    wait_for_status(host, "redis", "STOPPED")?;
+    host.run(&format!(
+        "ctr task rm redis; ctr container rm redis; rm -f /tmp/fault; ip addr del {FLOATING}/24 dev eth0"
+    ))?;
+    wait_for_traces(host, &empty, "after all of it")
+}

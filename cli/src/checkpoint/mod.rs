@@ -18,6 +18,7 @@ mod place;
 mod push;
 mod restore;
 mod spec;
+mod trust;
 
 pub(crate) use create::{Options as CreateOptions, run as create};
 pub(crate) use discard::run as discard;

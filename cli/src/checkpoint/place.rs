@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use ferry_oci::paths::{CHECKPOINT_STARTED as STARTED, CHECKPOINTS as PLACES};
 use serde::{Deserialize, Serialize};
 
 use crate::agent::cleanup;
@@ -16,12 +17,8 @@ use crate::containerd::{Containerd, Destination as Store, TaskStatus};
 use crate::lock::{self, Lock};
 use crate::network::address::Cidr;
 
-/// Where they are.
-const PLACES: &str = "/var/lib/ferry/checkpoints";
 /// What a restore changes, in its folder.
 const PLAN: &str = "restore.json";
-/// There once the restored container has started.
-const STARTED: &str = "started";
 
 /// A folder that goes with its owner.
 #[derive(Debug)]

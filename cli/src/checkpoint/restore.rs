@@ -11,14 +11,16 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use ferry_oci::announce::Announcement;
 use ferry_oci::criu::DumpRecord;
-use ferry_oci::criu::images::{Folder, capabilities};
+use ferry_oci::criu::images::{Asks, Folder, capabilities};
 use ferry_oci::paths;
+use serde_json::Value;
 
 use super::archive;
 use super::create::{new_id, stopped};
 use super::format::{self, Checkpoint, Summary};
 use super::place::{self, Place, Plan};
 use super::spec::{self, Allowed};
+use super::trust;
 use crate::agent::cleanup;
 use crate::containerd::{
     ContainerRecord, Containerd, Descriptor, Destination, SnapshotKind, Stdio, TaskStatus,
@@ -26,6 +28,7 @@ use crate::containerd::{
 };
 use crate::describe::checks::RUNTIME;
 use crate::lock;
+use crate::migrate::fault;
 use crate::network::address::{self, Cidr};
 use crate::network::queue::Held;
 use crate::wire::messages::ContainerdAddress;
@@ -125,7 +128,7 @@ async fn there(containerd: &Containerd, id: &str) -> Result<Option<(ContainerRec
 impl Restore {
     /// Everything but the start.
     async fn prepare(&mut self) -> Result<()> {
-        let images = self.place.folder("images")?;
+        let images = self.place.folder(paths::CHECKPOINT_IMAGES)?;
         self.unpack(&images).await?;
         let record = DumpRecord::read(&images).context("read the record of the dump")?;
         self.addresses(record.as_ref())?;
@@ -134,10 +137,7 @@ impl Restore {
             Some((record, stdio)) => (record.clone(), reachable(stdio)),
             None => (self.record_of_image().await?, Stdio::default()),
         };
-        // CRIU gives processes back what they had, whatever the spec says.
-        let mut folder = Folder::open(&images).context("look into the images")?;
-        let had = capabilities(&mut folder).context("read the images")?;
-        spec::check_capabilities(&container.spec_json()?, had, &self.options.allowed)?;
+        self.trust(&container.spec_json()?, &images, record.as_ref())?;
         let (target, chain) = self.image(&mut container).await?;
         log::debug!("{} is based on {}", self.id, target.digest);
         let store = &self.store;
@@ -170,6 +170,16 @@ impl Restore {
         let images = images.display().to_string();
         store.create_task(&self.id, &mounts, &stdio, options, &images).await?;
         Ok(())
+    }
+
+    /// CRIU makes what its images say, whatever the spec says.
+    fn trust(&self, spec: &Value, images: &Path, record: Option<&DumpRecord>) -> Result<()> {
+        let allowed = &self.options.allowed;
+        let mut folder = Folder::open(images).context("look into the images")?;
+        let had = capabilities(&mut folder).context("read the images")?;
+        spec::check_capabilities(spec, had, allowed)?;
+        let asks = Asks::read(&mut folder).context("read the images")?;
+        trust::check(spec, &asks, record.map(|record| &record.options), allowed)
     }
 
     /// What changes of what is there.
@@ -294,6 +304,8 @@ impl Restore {
             address.held.open()?;
         }
         let pid = self.store.start_task(&self.id).await?;
+        // The shim opens the address should this be killed here.
+        fault::at(fault::RESTORED).await;
         self.place.started();
         Ok(pid)
     }

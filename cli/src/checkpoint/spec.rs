@@ -90,8 +90,9 @@ const OWN_FILE_SYSTEMS: [&str; 7] =
 /// Those of them that must not be written.
 const READ_ONLY: [&str; 3] = ["sysfs", "cgroup", "cgroup2"];
 /// What must be hidden of it, and what must not be written.
-const MASKED: [&str; 4] = ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/sys/firmware"];
-const PROTECTED: [&str; 5] =
+pub(super) const MASKED: [&str; 4] =
+    ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/sys/firmware"];
+pub(super) const PROTECTED: [&str; 5] =
     ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 /// Files of the host that containers see by default.
 const HOST_FILES: [&str; 2] = ["/etc/hosts", "/etc/resolv.conf"];
@@ -112,11 +113,13 @@ const DEVICES: [(i64, Option<i64>); 9] = [
 /// The one annotation that is taken.
 const OPEN_TCP: &str = "io.ferry.open-tcp";
 
-/// Something of the host that a spec asks for.
+/// Something of the host that a checkpoint asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Want {
-    kind: Allowed,
-    what: String,
+pub(super) struct Want {
+    /// What has to be allowed for it.
+    pub(super) kind: Allowed,
+    /// In words.
+    pub(super) what: String,
 }
 
 /// A spec with the fields that the OCI has, of the types that they have, and no others: runc would take a
@@ -135,7 +138,15 @@ pub(super) fn canonical(bytes: &[u8]) -> Result<Value> {
 /// # Errors
 /// With all that it asks for.
 pub(super) fn check(spec: &Value, allowed: &[Allowed]) -> Result<()> {
-    let refused: Vec<Want> = wants(spec)
+    refuse(wants(spec), allowed)
+}
+
+/// Refuses what is not allowed.
+///
+/// # Errors
+/// With all of it.
+pub(super) fn refuse(wants: Vec<Want>, allowed: &[Allowed]) -> Result<()> {
+    let refused: Vec<Want> = wants
         .into_iter()
         .filter(|want| !allowed.contains(&want.kind) && !allowed.contains(&Allowed::All))
         .collect();
@@ -211,18 +222,18 @@ fn wants(spec: &Value) -> Vec<Want> {
     found
 }
 
-fn want(found: &mut Vec<Want>, kind: Allowed, what: String) {
+pub(super) fn want(found: &mut Vec<Want>, kind: Allowed, what: String) {
     let want = Want { kind, what };
     if !found.contains(&want) {
         found.push(want);
     }
 }
 
-fn list(value: &Value) -> std::slice::Iter<'_, Value> {
+pub(super) fn list(value: &Value) -> std::slice::Iter<'_, Value> {
     value.as_array().map(Vec::as_slice).unwrap_or_default().iter()
 }
 
-fn text(value: &Value) -> &str {
+pub(super) fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
 }
 

@@ -9,11 +9,11 @@ use anyhow::{Context, Result, bail};
 use ferry_oci::api::ferry::Description;
 use ferry_oci::netns::Netns;
 use ferry_oci::quarantine;
-use ferry_oci::sockets::{self, Kind, Outside};
+use ferry_oci::sockets::{self, Kind, Outside, Unread};
 
 use super::host::{Host, field};
 use super::mounts::{Mounts, mount_of, mounts};
-use super::{Findings, container_checks};
+use super::{Findings, container_checks, losses};
 use crate::containerd::{Containerd, Task, TaskStatus};
 use crate::describe::container::{ContainerFacts, FromRecord};
 use crate::shim::{self, Shim};
@@ -30,6 +30,12 @@ pub(super) struct Processes {
     pub(super) host_files: BTreeSet<(u32, String)>,
     /// Processes that watch files on the container's overlay.
     pub(super) inotify_on_overlay: BTreeSet<u32>,
+    /// Eventfds that are semaphores: process and number.
+    pub(super) semaphores: BTreeSet<(u32, String)>,
+    /// Periodic timers that have gone off and were not read: process and number.
+    pub(super) unread_timers: BTreeSet<(u32, String)>,
+    /// UDP sockets with datagrams that were not read.
+    pub(super) unread: Vec<Unread>,
     /// Sockets.
     pub(super) sockets: Vec<Kind>,
     /// Unix sockets with their peer outside.
@@ -124,6 +130,7 @@ impl Processes {
         let mut all = Self {
             sockets: sockets::kinds(pids),
             outside: sockets::outside(pids).unwrap_or_default(),
+            unread: sockets::unread(pids).unwrap_or_default(),
             locks: locks(&read("/proc/locks"), pids),
             ..Self::default()
         };
@@ -164,11 +171,17 @@ impl Processes {
         for file in files.flatten() {
             let Ok(link) = fs::read_link(file.path()) else { continue };
             let link = link.to_string_lossy().into_owned();
-            let info = read(&format!("/proc/{pid}/fdinfo/{}", file.file_name().to_string_lossy()));
+            let number = file.file_name().to_string_lossy().into_owned();
+            let info = read(&format!("/proc/{pid}/fdinfo/{number}"));
             if let Some(name) = link.strip_prefix("anon_inode:") {
                 self.anonymous.insert((pid, name.trim_matches(['[', ']']).to_owned()));
                 if mounts.watches_overlay(&info) {
                     self.inotify_on_overlay.insert(pid);
+                }
+                if losses::is_semaphore(&info) {
+                    self.semaphores.insert((pid, number));
+                } else if losses::is_unread_timer(&info) {
+                    self.unread_timers.insert((pid, number));
                 }
             } else if let Ok(meta) = fs::metadata(file.path()) {
                 self.open_file(pid, &link, &meta, mount_of(&info).is_some_and(|m| mounts.has(m)));

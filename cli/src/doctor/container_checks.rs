@@ -24,6 +24,7 @@ pub(super) fn all(
 ) {
     of_a_move(container, found);
     files(processes, found);
+    lost(processes, found);
     sockets(container, processes, found);
     state(container, processes, host, found);
 }
@@ -77,6 +78,31 @@ fn files(processes: &Processes, found: &mut Findings) {
         let cure =
             "ask for them to be kept (file_locks in the Task API's options), or end the locks";
         found.warn("file-locks", what, cure);
+    }
+}
+
+/// What a checkpoint or a move loses, and everything else goes on.
+fn lost(processes: &Processes, found: &mut Findings) {
+    for (pid, fd) in &processes.semaphores {
+        let what = format!(
+            "process {pid} has an eventfd (number {fd}) that is a semaphore, and comes back as a plain one"
+        );
+        let cure = "open it without EFD_SEMAPHORE, or anew after a restore";
+        found.warn("eventfd-semaphore", what, cure);
+    }
+    for (pid, fd) in &processes.unread_timers {
+        let what = format!(
+            "process {pid} has not read a periodic timerfd (number {fd}) that went off, which will not again \
+             once it is restored"
+        );
+        found.warn("timerfd-unread", what, "have the program read it, or set it again");
+    }
+    for unread in &processes.unread {
+        let what = format!(
+            "process {} has not read the datagrams of a UDP socket (number {}, {} bytes), which are lost",
+            unread.pid, unread.fd, unread.bytes
+        );
+        found.warn("udp-unread", what, "have the program read them, or their sender repeat them");
     }
 }
 

@@ -11,6 +11,7 @@ mod container;
 mod container_checks;
 mod host;
 mod host_checks;
+mod losses;
 mod mounts;
 #[cfg(test)]
 mod tests;

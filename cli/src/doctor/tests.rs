@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ferry_oci::pages::tracker::Probe;
 use ferry_oci::quarantine::connections::Remaining;
-use ferry_oci::sockets::{Kind, Outside};
+use ferry_oci::sockets::{Kind, Outside, Unread};
 
 use super::container::Processes;
 use super::host::Host;
@@ -151,7 +151,7 @@ fn socket(family: i32, protocol: u32) -> Kind {
 #[test]
 fn each_lack_of_a_container_is_named() {
     type Spoil = fn(&mut ContainerFacts, &mut Processes);
-    let cases: [(Spoil, &str, Severity); 27] = [
+    let cases: [(Spoil, &str, Severity); 30] = [
         (|_, p| _ = p.stopped.insert(7), "stopped", Warning),
         (|c, _| c.runtime = "io.containerd.runc.v2".into(), "runtime", Blocker),
         (|c, _| c.io_uring = vec![7], "io-uring", Blocker),
@@ -174,6 +174,9 @@ fn each_lack_of_a_container_is_named() {
         (|_, p| _ = p.host_files.insert((7, "/log".into())), "host-file", Blocker),
         (|_, p| _ = p.inotify_on_overlay.insert(7), "inotify-overlay", Warning),
         (|_, p| _ = p.locks.insert(7), "file-locks", Warning),
+        (|_, p| _ = p.semaphores.insert((7, "3".into())), "eventfd-semaphore", Warning),
+        (|_, p| _ = p.unread_timers.insert((7, "3".into())), "timerfd-unread", Warning),
+        (|_, p| p.unread = vec![Unread { pid: 7, fd: 3, bytes: 5 }], "udp-unread", Warning),
         (|_, p| p.sockets = vec![socket(libc::AF_VSOCK, 0)], "socket-family", Blocker),
         (|_, p| p.sockets = vec![socket(libc::AF_INET6, 262)], "mptcp", Blocker),
         (|_, p| p.sockets = vec![socket(libc::AF_INET, 132)], "socket-protocol", Blocker),

@@ -6,6 +6,9 @@ use ferry_cli::phase::Phase;
 /// The clients have been led to the destination, and the container still runs.
 pub(crate) const ANNOUNCED: &str = "announced";
 
+/// `ferry restore` has started its container, whose address is silent still.
+pub(crate) const RESTORED: &str = "restored";
+
 /// The start of a phase: see [`at`].
 pub(crate) async fn point(phase: Phase) {
     at(phase.name()).await;

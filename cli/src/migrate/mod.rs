@@ -13,7 +13,7 @@
 //! for good, and either ends the source or brings it back.
 
 mod failure;
-mod fault;
+pub(crate) mod fault;
 pub(crate) mod guard;
 mod images;
 mod interrupt;

@@ -6,6 +6,7 @@
 //!   which is why a task's exit is never reported before its start.
 //! - `inner` guards the few fields, for moments only, never across an await.
 
+mod arrival;
 mod checkpoint;
 mod create;
 mod exec;

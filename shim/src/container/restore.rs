@@ -118,6 +118,7 @@ impl Container {
         match result {
             Ok(pid) => {
                 let pid = self.runs(attempt.window.adopt(pid));
+                self.open_later(&params.images);
                 if let Some(silent) = silent {
                     silent.speak().await;
                 }

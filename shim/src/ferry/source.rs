@@ -461,7 +461,8 @@ impl Move {
 }
 
 /// Ends frozen tasks. Their sockets are taken out of the protocol first, so that no peer hears of it and
-/// no connection lingers that the same container could come back to.
+/// no connection lingers that the same container could come back to. As long as none has ended, a failure
+/// leaves them as they were, for a thaw.
 async fn end_tasks(source: &AtSource) -> Result<()> {
     if source.container.snapshot().status == Status::Stopped {
         return Ok(());
@@ -475,7 +476,8 @@ async fn end_tasks(source: &AtSource) -> Result<()> {
     let freezer = source.freezer.clone();
     let thawed = tokio::task::spawn_blocking(move || freezer.thaw(FREEZER)).await;
     let ended = source.container.wait_exited(EXIT).await;
-    drop(silenced);
+    // They end, if late.
+    silenced.leave();
     if let Err(error) = &ended {
         warn!("thaw of killed tasks: {thawed:?}; {error}");
     }

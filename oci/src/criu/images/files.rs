@@ -142,6 +142,28 @@ pub(super) fn table(image: &[u8]) -> Result<Table, ImageError> {
     Ok(table)
 }
 
+/// Numbers of the namespaces that are open.
+pub(super) fn namespaces(image: &[u8]) -> Result<Vec<u32>, ImageError> {
+    let mut found = Vec::new();
+    for record in records(image, FILES_MAGIC)? {
+        for field in fields(record?) {
+            let field = field?;
+            if field.number != 5 {
+                continue;
+            }
+            let mut id = 0;
+            for field in fields(field.message()) {
+                let field = field?;
+                if field.number == 2 {
+                    id = field.number32();
+                }
+            }
+            found.push(id);
+        }
+    }
+    Ok(found)
+}
+
 /// The open files of an fdinfo image. What they take, roughly, is subtracted from `room`.
 pub(super) fn open(
     image: &[u8],

@@ -13,6 +13,7 @@
 //! of each other is no reason to read without end. Pages are never read but for command lines. The field
 //! numbers are those of CRIU's `images/*.proto`.
 
+mod asks;
 mod capabilities;
 mod files;
 mod folder;
@@ -27,6 +28,7 @@ use super::ImageError;
 use serde::Serialize;
 use std::io;
 
+pub use asks::{Asked, Asks, Namespaces};
 pub use capabilities::capabilities;
 pub use files::{File, OpenFile};
 pub use folder::Folder;

@@ -4,7 +4,7 @@ use super::super::ImageError;
 use super::super::decode::{fields, records};
 use serde::Serialize;
 
-const MNTS_MAGIC: u32 = 0x5556_3928;
+pub(super) const MNTS_MAGIC: u32 = 0x5556_3928;
 
 /// CRIU's numbers of file systems.
 const KINDS: [(u64, &str); 19] = [
@@ -44,6 +44,11 @@ pub struct Mount {
     pub external: bool,
 }
 
+/// Name of the file system that has `number`; empty if there is none.
+pub(super) fn kind(number: u64) -> &'static str {
+    KINDS.iter().find(|kind| kind.0 == number).map_or("", |kind| kind.1)
+}
+
 pub(super) fn parse(image: &[u8]) -> Result<Vec<Mount>, ImageError> {
     let mut mounts = Vec::new();
     for record in records(image, MNTS_MAGIC)? {
@@ -52,7 +57,7 @@ pub(super) fn parse(image: &[u8]) -> Result<Vec<Mount>, ImageError> {
         for field in fields(record?) {
             let field = field?;
             match field.number {
-                1 => kind = KINDS.iter().find(|k| k.0 == field.value).map_or("", |k| k.1),
+                1 => kind = self::kind(field.value),
                 6 => mount.root = field.text(),
                 7 => mount.target = field.text(),
                 8 => mount.source = field.text(),

@@ -9,7 +9,7 @@ use serde::Serialize;
 use std::collections::{BTreeMap, HashSet};
 
 const PSTREE_MAGIC: u32 = 0x5027_3030;
-const IDS_MAGIC: u32 = 0x5443_2030;
+pub(super) const IDS_MAGIC: u32 = 0x5443_2030;
 /// Bytes of all command lines together, for the rest there are only names.
 const MOST_COMMANDS: usize = 16 << 20;
 

@@ -4,7 +4,7 @@ use super::super::ImageError;
 use super::super::decode::{bare_records, fields, records};
 use serde::Serialize;
 
-const INVENTORY_MAGIC: u32 = 0x5831_3116;
+pub(super) const INVENTORY_MAGIC: u32 = 0x5831_3116;
 const STATS_MAGIC: u32 = 0x5709_3306;
 const UTSNS_MAGIC: u32 = 0x5447_3203;
 
