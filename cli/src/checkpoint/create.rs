@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use ferry_oci::api::ferry::{CheckpointRequest, CheckpointResponse, FreezeRequest};
+use ferry_oci::api::ferry::{CheckpointRequest, FreezeRequest, PrepareDumpRequest};
 use ferry_oci::criu::DumpRecord;
 use ferry_oci::fast::Fast;
 use ferry_oci::layer::Pass;
@@ -26,6 +26,9 @@ use crate::shim::{self, Shim};
 use crate::wire::messages::ContainerdAddress;
 use crate::wire::stream;
 
+/// What is done for a short freeze: the dump is started before it, and CRIU's code is read. runc's pause may
+/// stop a program in the middle of a vfork, where it cannot be dumped.
+const FAST: [Fast; 4] = [Fast::HeldDump, Fast::Freezer, Fast::Warm, Fast::Awake];
 /// How long the container may stand still at least, before its size counts.
 const FREEZE: Duration = Duration::from_secs(120);
 /// How much longer where a layer can only be made while it stands still.
@@ -187,18 +190,26 @@ impl Source {
             self.record.image
         );
         self.files.look(Pass::Live, &looks).await?;
-        let start = Instant::now();
-        self.frozen_at = Some(start);
         let limit_s = u32::try_from(self.limit.as_secs()).unwrap_or(u32::MAX);
+        let request = self.request(&images)?;
+        let prepare = PrepareDumpRequest {
+            migration: self.id.clone(),
+            limit_s,
+            fast: FAST.iter().map(|fast| fast.name().to_owned()).collect(),
+            keep: Some(request.clone()).into(),
+            ..Default::default()
+        };
+        self.shim.prepare_dump(prepare).await?;
+        self.frozen_at = Some(Instant::now());
+        let start = Instant::now();
         let freeze = FreezeRequest {
             migration: self.id.clone(),
             limit_s,
-            // runc's pause may stop a program in the middle of a vfork, where it cannot be dumped.
-            fast: vec![Fast::Freezer.name().to_owned()],
+            fast: FAST.iter().map(|fast| fast.name().to_owned()).collect(),
             ..Default::default()
         };
         self.shim.freeze(freeze).await?;
-        let dumped = self.dump(&images).await?;
+        let dumped = self.shim.checkpoint(request, self.limit).await?;
         let dump_us = dumped.dump_us;
         self.files.look(Pass::Frozen, &looks).await?;
         let mut layer = None;
@@ -230,9 +241,10 @@ impl Source {
         Ok(Made { name: name.to_owned(), digest: target.digest, statistics })
     }
 
-    async fn dump(&self, images: &Path) -> Result<CheckpointResponse> {
+    fn request(&self, images: &Path) -> Result<CheckpointRequest> {
         let work = self.place.folder("work")?;
-        let request = CheckpointRequest {
+        Ok(CheckpointRequest {
+            id: self.options.container.clone(),
             migration: self.id.clone(),
             images_path: images.display().to_string(),
             work_path: work.display().to_string(),
@@ -241,8 +253,7 @@ impl Source {
             exit: self.options.exit,
             parent_path: self.pre_dump.clone(),
             ..Default::default()
-        };
-        self.shim.checkpoint(request, self.limit).await
+        })
     }
 
     async fn layer(&mut self, looks: &Path) -> Result<Option<Descriptor>> {

@@ -13,7 +13,9 @@ use super::{Container, Silent};
 use crate::error::{Context as _, Error, Result};
 use crate::reaper::{Child, Reaper};
 use crate::state::{Op, Status};
-use ferry_oci::criu::{CONFIG_ENV, Config, flatten, pages_bytes, path_between};
+use ferry_oci::criu::{
+    CONFIG_ENV, Config, HIDE_ENV, Hiding, find_library, flatten, pages_bytes, path_between,
+};
 use ferry_oci::freezer::Freezer;
 use ferry_oci::pages::predump::Report;
 use ferry_oci::pages::predump::serve::{self, Answer, Order};
@@ -52,6 +54,15 @@ pub(super) struct Chain {
     last: PathBuf,
     /// `None` where CRIU makes them itself.
     tracker: Option<Tracker>,
+}
+
+/// What a dump on top of pre-dumps is started with.
+#[derive(Default)]
+pub(super) struct OnTop {
+    /// The library and the folder of its orders.
+    pub(super) hiding: Option<(PathBuf, PathBuf)>,
+    /// The path to the last pre-dump, from the images.
+    pub(super) parent: Option<String>,
 }
 
 /// What a pre-dump has done.
@@ -194,28 +205,57 @@ impl Container {
         params: &CheckpointParams,
         mut chain: Chain,
     ) -> Result<Option<Chain>> {
-        let Some(tracker) = &mut chain.tracker else {
-            let parent = path_between(&params.images, &chain.last);
-            let parent = parent.context("find the pre-dump before")?;
-            self.dump(params, &[], Some(utf8(&parent)?)).await?;
+        if chain.tracker.is_none() {
+            let parent = parent_path(&params.images, &chain.last)?;
+            self.dump(params, &[], Some(&parent)).await?;
             return Ok(Some(chain));
-        };
-        let hide = self.bundle.join(HIDE);
-        let frozen = Order::Frozen { images: params.images.clone(), hide: hide.clone() };
-        if let Err(err) = tracker.ask(&frozen).await {
-            warn!("dump all memory of {}: {err}", self.id);
-            let _ = std::fs::remove_dir_all(&hide);
-            self.dump(params, &[], None).await?;
-            return Ok(None);
         }
-        let done = match serve::env(&hide) {
-            Some((library, hiding)) => {
-                self.dump(params, &[("LD_PRELOAD", library), hiding], None).await
+        let (library, hide) = self.prepare_hiding()?;
+        let left = self.leave_out(&mut chain, &params.images).await;
+        let env = [("LD_PRELOAD", library), (HIDE_ENV, hide)];
+        let env = if left { env.as_slice() } else { &[] };
+        let done = self.dump(params, env, None).await;
+        self.remove_hiding();
+        done.map(|()| left.then_some(chain))
+    }
+
+    /// In the freeze: has CRIU leave out what is in `chain` or is read now; whether it will.
+    pub(super) async fn leave_out(&self, chain: &mut Chain, images: &Path) -> bool {
+        let Some(tracker) = &mut chain.tracker else { return true };
+        let hide = self.bundle.join(HIDE);
+        let asked = tracker.ask(&Order::Frozen { images: images.to_owned(), hide }).await;
+        if let Err(err) = &asked {
+            warn!("all memory of {} is dumped: {err}", self.id);
+        }
+        asked.is_ok()
+    }
+
+    /// How a dump on top of pre-dumps is to be started before they have seen the freeze: what is preloaded
+    /// into CRIU, and the path to the last one for CRIU's own.
+    pub(super) async fn prepare_on_top(&self, params: &CheckpointParams) -> Result<OnTop> {
+        let Some(parent) = &params.parent else { return Ok(OnTop::default()) };
+        let slot = self.pre_dumps.chain.lock().await;
+        match slot.as_ref().filter(|chain| chain.last == *parent) {
+            None => Err(no_pre_dump(parent)),
+            Some(Chain { tracker: None, .. }) => {
+                let parent = Some(parent_path(&params.images, parent)?);
+                Ok(OnTop { parent, ..OnTop::default() })
             }
-            None => Err(Error::failed_precondition("the library that hides memory is missing")),
-        };
-        let _ = std::fs::remove_dir_all(&hide);
-        done.map(|()| Some(chain))
+            Some(_) => Ok(OnTop { hiding: Some(self.prepare_hiding()?), parent: None }),
+        }
+    }
+
+    fn prepare_hiding(&self) -> Result<(PathBuf, PathBuf)> {
+        let library = find_library().ok_or_else(|| {
+            Error::failed_precondition("the library that hides memory is missing")
+        })?;
+        let hide = self.bundle.join(HIDE);
+        Hiding::prepare(&hide, &library).context("make the folder of the orders")?;
+        Ok((library, hide))
+    }
+
+    pub(super) fn remove_hiding(&self) {
+        let _ = std::fs::remove_dir_all(self.bundle.join(HIDE));
     }
 
     /// Keeps what is to be completed until somebody asks for it.
@@ -276,10 +316,16 @@ impl Container {
         let mut exited = self.exited.subscribe();
         tokio::spawn(async move {
             let _ = timeout(EXIT, exited.wait_for(Option::is_some)).await;
-            drop(silenced);
+            silenced.leave();
         });
         Ok(())
     }
+}
+
+/// The path to the pre-dump `last` from the folder of images, for runc.
+fn parent_path(images: &Path, last: &Path) -> Result<String> {
+    let path = path_between(images, last).context("find the pre-dump before")?;
+    Ok(utf8(&path)?.to_owned())
 }
 
 /// Undoes what a dump has frozen, if it has.

@@ -15,14 +15,16 @@ use std::time::{Duration, Instant};
 use ferry_oci::criu::{
     CONFIG_ENV, Config, DUMP_GATE, FastTar, Gate, HIDE_ENV, RESTORE_GATE, TarCounts, Waiting,
 };
+use ferry_oci::runc::Checkpoint;
 use ferry_oci::tmpfs::Tmpfs;
 use log::warn;
 use tokio::time::{sleep, timeout};
 
-use super::Container;
 use super::checkpoint::{self, CheckpointParams, explain};
+use super::predump;
 use super::relay::{Line, Relay};
 use super::restore::{Attempt, Env, Held, Holder, RestoreParams};
+use super::{Container, Silent};
 use crate::error::{Context as _, Error, Result};
 use crate::runtime::Running;
 use crate::state::{Op, admit};
@@ -90,6 +92,7 @@ impl Container {
         }
         let relay = Relay::listen(&params.images, &params.work)?;
         let gate = Gate::make(&params.work.join(DUMP_GATE)).context("make the dump's gate")?;
+        let on_top = self.prepare_on_top(&params).await?;
         let config = Config {
             tcp_established: params.options.tcp_established,
             network_lock: params.options.network_lock,
@@ -97,14 +100,17 @@ impl Container {
             extra: [params.extra.clone(), left_out(&params.options.tmpfs)].concat(),
         };
         let config = config.write(&params.work).context("write CRIU's configuration")?;
-        let mut all = relay.env(extras.preload.as_deref());
+        let (preload, hide) = on_top.hiding.unzip();
+        let (preload, hide) = (preload.or(extras.preload.clone()), hide.or(extras.hide.clone()));
+        let mut all = relay.env(preload.as_deref());
         all.push((CONFIG_ENV, config));
-        all.extend(extras.hide.iter().map(|folder| (HIDE_ENV, folder.clone())));
+        all.extend(hide.map(|folder| (HIDE_ENV, folder)));
         let tar = extras.fast_tar(&relay)?;
         all.extend(tar.iter().flat_map(|tar| tar.1.clone()));
         let line = relay.start(false, extras.log_level);
         let netns = self.netns_for_criu(params.options.in_netns)?;
         let verb = checkpoint::verb(&self.id, &params)?;
+        let verb = Checkpoint { parent_path: on_top.parent.as_deref(), ..verb };
         let mut runc = self.runtime.begin(&verb, &all, netns.as_ref())?;
         let waiting = match until_waiting(&gate, &mut runc).await {
             Ok(waiting) => waiting,
@@ -164,6 +170,46 @@ impl PreparedDump {
             Ok(()) => Ok(()),
             Err(err) => Err(self.container.dump_failed(err, &self.params.work).await),
         }
+    }
+
+    /// [`Self::dump`] for who keeps it: with connections silent if the container is to end, and on top of the
+    /// pre-dumps that it was prepared for. What keeps them silent, and whether the images are still to be
+    /// completed.
+    pub(crate) async fn dump_to_keep(&mut self, exit: bool) -> Result<(Option<Silent>, bool)> {
+        let container = self.container.clone();
+        let mut silent = None;
+        if exit {
+            silent = container.fall_silent(&mut self.params.options).await?;
+        }
+        let dumped = self.dump_on_pre_dumps().await;
+        if dumped.is_err() {
+            predump::speak(silent.take()).await;
+        }
+        container.remove_hiding();
+        Ok((silent, dumped?))
+    }
+
+    async fn dump_on_pre_dumps(&mut self) -> Result<bool> {
+        let container = self.container.clone();
+        let images = self.params.images.clone();
+        let chain = container.take_pre_dumps(self.params.parent.as_deref()).await?;
+        let mut left = None;
+        if let Some(mut chain) = chain
+            && container.leave_out(&mut chain, &images).await
+        {
+            left = Some(chain);
+        }
+        self.dump().await?;
+        if self.params.options.locked.is_some() {
+            // What was written down before the freeze did not know of the lock.
+            let criu = self.line.version().unwrap_or_default();
+            container.write_record(&self.params, criu).await?;
+        }
+        let incomplete = left.is_some();
+        if let Some(chain) = left {
+            container.leave_incomplete(chain).await;
+        }
+        Ok(incomplete)
     }
 
     /// Writes the record anew, with what is left out as it is now.

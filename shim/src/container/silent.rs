@@ -5,6 +5,7 @@ use super::Container;
 use super::network::Network;
 use crate::error::{Context as _, Error, Result};
 use crate::state::Status;
+use ferry_oci::cgroups;
 use ferry_oci::criu::{DumpOptions, DumpRecord, Locked, NetworkLock};
 use ferry_oci::freezer::Freezer;
 use ferry_oci::netns::Netns;
@@ -58,6 +59,15 @@ impl Container {
         }
     }
 
+    /// The lock that CRIU is to take in a dump after which the container ends, decided before the freeze: ours
+    /// is there already, where the network outlives it.
+    pub(crate) fn lock_of_an_end(&self, options: &mut DumpOptions) -> Result<()> {
+        if options.tcp_established && self.lasting_network()?.is_some() {
+            options.network_lock = NetworkLock::Skip;
+        }
+        Ok(())
+    }
+
     /// Freezes the container, if it runs. CRIU would freeze it too, and wait for ever for a program that it
     /// has caught in the middle of a vfork.
     pub(super) async fn stand_still(&self) -> Result<Option<Silent>> {
@@ -75,9 +85,11 @@ impl Container {
     }
 
     async fn lock_connections(&self, netns: &Arc<Netns>) -> Result<Option<Locked>> {
-        let pids = self.pids().await?;
-        let netns = netns.clone();
+        let (init, netns) = (self.snapshot().pid, netns.clone());
         let lock = move || -> Result<Option<Locked>> {
+            // Not by runc: it would take as long as the dump.
+            let pids = cgroups::processes(init).context("list the processes")?;
+            let pids: Vec<u32> = pids.into_iter().filter_map(|pid| pid.try_into().ok()).collect();
             let connections = of(&pids)?;
             if connections.is_empty() {
                 return Ok(None);

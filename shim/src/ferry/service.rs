@@ -110,6 +110,10 @@ impl Ferry for FerryService {
         request: PrepareDumpRequest,
     ) -> ttrpc::Result<PrepareDumpResponse> {
         let (container, a_move) = self.find(&request.id, &request.migration)?;
+        for keep in request.keep.iter() {
+            absolute(&keep.images_path)?;
+            absolute(&keep.work_path)?;
+        }
         let lease = Lease::of(context);
         finish(async move {
             let mut side = a_move.side.lock().await;

@@ -131,11 +131,17 @@ impl Move {
         let away = Away { addresses: &request.lock_addresses, device: &request.device };
         let mut source =
             self.begin(container, &request.migration, lease, request.limit_s, fast, &away).await?;
-        source.tmpfs = pack_tmpfs(&source).await;
-        let params = dump_params(&source);
-        let images = params.images.clone();
-        let prepared = match extras(request, &source.fast) {
-            Ok(extras) => source.container.prepare_dump(params, &extras).await,
+        let params = match request.keep.as_ref() {
+            Some(keep) => keep_params(&source, keep),
+            None => {
+                source.tmpfs = pack_tmpfs(&source).await;
+                Ok(dump_params(&source))
+            }
+        };
+        let images = source.images();
+        let prepared = match params.and_then(|params| Ok((params, extras(request, &source.fast)?)))
+        {
+            Ok((params, extras)) => source.container.prepare_dump(params, &extras).await,
             Err(error) => Err(error),
         };
         match prepared {
@@ -327,28 +333,21 @@ impl Move {
     ) -> Result<CheckpointResponse> {
         let source = at_source(side)?;
         let start = Instant::now();
-        let wanted = CheckpointOptions {
-            file_locks: request.file_locks,
-            external_unix_sockets: request.external_unix_sockets,
-            terminal: source.container.stdio().terminal,
-            ..Default::default()
+        let incomplete = match &mut source.dump {
+            Some(dump) => {
+                let (silent, incomplete) = dump.dump_to_keep(request.exit).await?;
+                source.silent = silent;
+                freeze(source).await.context("freeze again")?;
+                incomplete
+            }
+            None => {
+                let mut params = keep_params(source, request)?;
+                if request.exit {
+                    source.silent = source.container.fall_silent(&mut params.options).await?;
+                }
+                source.container.checkpoint(params).await?
+            }
         };
-        let mut options = source.container.dump_options(wanted)?;
-        if request.exit {
-            source.silent = source.container.fall_silent(&mut options).await?;
-        }
-        let params = CheckpointParams {
-            images: request.images_path.clone().into(),
-            work: request.work_path.clone().into(),
-            // Until the caller has it safe.
-            leave_running: true,
-            options,
-            extra: Vec::new(),
-            deadline: source.deadline.saturating_duration_since(Instant::now()),
-            parent: Some(&request.parent_path).filter(|path| !path.is_empty()).map(PathBuf::from),
-            complete_later: true,
-        };
-        let incomplete = source.container.checkpoint(params).await?;
         still_frozen(source)?;
         if request.exit {
             self.enter(Phase::PHASE_CHECKPOINTED, &source.migration);
@@ -446,6 +445,7 @@ impl Move {
     /// Ends the frozen tasks of a checkpoint, whose connections stay locked.
     pub(super) async fn end(&self, side: &mut Side) -> Result<()> {
         let source = at_source(side)?;
+        source.end_dump().await;
         end_tasks(source).await?;
         source.reservation = None;
         source.ready = Ready::default();
@@ -626,6 +626,31 @@ fn dump_params(source: &AtSource) -> CheckpointParams {
         parent: None,
         complete_later: false,
     }
+}
+
+/// A dump for a checkpoint to keep.
+fn keep_params(source: &AtSource, request: &CheckpointRequest) -> Result<CheckpointParams> {
+    let wanted = CheckpointOptions {
+        file_locks: request.file_locks,
+        external_unix_sockets: request.external_unix_sockets,
+        terminal: source.container.stdio().terminal,
+        ..Default::default()
+    };
+    let mut options = source.container.dump_options(wanted)?;
+    if request.exit {
+        source.container.lock_of_an_end(&mut options)?;
+    }
+    Ok(CheckpointParams {
+        images: request.images_path.clone().into(),
+        work: request.work_path.clone().into(),
+        // Until the caller has it safe.
+        leave_running: true,
+        options,
+        extra: Vec::new(),
+        deadline: source.deadline.saturating_duration_since(Instant::now()),
+        parent: Some(&request.parent_path).filter(|path| !path.is_empty()).map(PathBuf::from),
+        complete_later: true,
+    })
 }
 
 /// Names the migration in the bundle, for the `delete` action after a shim that was killed.

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{PreDumpError, PreDumps, Report};
-use crate::criu::{HIDE_ENV, Hiding, find_library};
+use crate::criu::{Hiding, find_library};
 
 /// Name under which the program is run; its argument is the pid of init.
 pub const NAME: &str = "ferry-predump";
@@ -30,7 +30,7 @@ pub enum Order {
     Frozen {
         /// Folder of the dump.
         images: PathBuf,
-        /// Folder of the orders for CRIU.
+        /// Folder of the orders for CRIU, which is made.
         hide: PathBuf,
     },
     /// [`PreDumps::finish`].
@@ -79,15 +79,10 @@ fn obey(dumps: &mut Option<PreDumps>, init: u32, order: Order) -> Result<Report,
             let library = find_library().ok_or(PreDumpError::Order(
                 "the library that hides memory is not installed beside the shim",
             ))?;
-            dumps.frozen(&images, &Hiding::prepare(&hide, &library)?)
+            dumps.frozen(&images, &Hiding::join(&hide, &library))
         }
         Order::Finish { images } => dumps.finish(&images).map(|()| Report::default()),
     }
-}
-
-/// What CRIU's dump after [`Order::Frozen`] needs in its environment, if the library is there.
-pub fn env(hide: &Path) -> Option<(PathBuf, (&'static str, PathBuf))> {
-    Some((find_library()?, (HIDE_ENV, hide.to_owned())))
 }
 
 /// The error with its causes.
