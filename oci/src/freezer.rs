@@ -28,6 +28,12 @@ pub enum FreezerError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// A task of a frozen cgroup cannot be dumped: see [`Freezer::stopped`].
+    #[error(
+        "process {0} is stopped by a signal, and a dump of its frozen cgroup would wait for it in vain: let it \
+         go on (kill -CONT {0})"
+    )]
+    Stopped(u32),
     /// The state did not change in time.
     #[error("freezer {path} did not read {wanted} within {} ms", limit.as_millis())]
     Deadline {
@@ -119,16 +125,43 @@ impl Freezer {
         }
     }
 
+    /// As [`Freezer::freeze`], for a dump: fails, and thaws again, where a task is [`Freezer::stopped`].
+    ///
+    /// # Errors
+    /// See above.
+    pub fn freeze_for_dump(&self, limit: Duration) -> Result<Duration, FreezerError> {
+        let took = self.freeze(limit)?;
+        let Some(thread) = self.stopped() else { return Ok(took) };
+        if let Err(error) = self.set(false, limit) {
+            log::error!("thaw a container that cannot be dumped: {error}");
+        }
+        Err(FreezerError::Stopped(thread))
+    }
+
+    /// A thread that is stopped by a signal, where that keeps it from being dumped. Before ptrace(2) has a
+    /// stopped task it waits for it to wake up, for ever if it is frozen by version 1; and whoever waits
+    /// cannot be killed. Version 2 lets the tracer have it.
+    pub fn stopped(&self) -> Option<u32> {
+        let stopped = || self.thread_in(is_stopped)?.parse().ok();
+        if self.kind == Kind::V1 { stopped() } else { None }
+    }
+
     /// Whether a task waits inside vfork(2).
     fn has_vfork(&self) -> bool {
+        self.thread_in(waits_in_vfork).is_some()
+    }
+
+    /// A thread whose wait channel is such a one. Frozen or not, it stays that.
+    fn thread_in(&self, fits: impl Fn(&str) -> bool) -> Option<String> {
         let threads = match self.kind {
             Kind::V1 => "tasks",
             Kind::V2 => "cgroup.threads",
         };
-        let Ok(threads) = self.read(threads) else { return false };
-        threads.lines().any(|thread| {
-            fs::read_to_string(format!("/proc/{thread}/wchan")).is_ok_and(|at| waits_in_vfork(&at))
-        })
+        let threads = self.read(threads).ok()?;
+        let waits = |thread: &&str| {
+            fs::read_to_string(format!("/proc/{thread}/wchan")).is_ok_and(|at| fits(&at))
+        };
+        threads.lines().find(waits).map(str::to_owned)
     }
 
     /// Lets every process of the cgroup run. Thawing what is not frozen is no error.
@@ -200,6 +233,12 @@ pub(crate) fn waits_in_vfork(wchan: &str) -> bool {
     ["wait_for_vfork_done", "kernel_clone", "_do_fork"].contains(&wchan.trim())
 }
 
+/// Whether a task's wait channel is that of one that a signal has stopped. Its state says so only until it
+/// is frozen.
+fn is_stopped(wchan: &str) -> bool {
+    ["do_signal_stop", "get_signal"].contains(&wchan.trim())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -242,5 +281,33 @@ mod tests {
         let error = freezer.freeze(Duration::from_millis(5)).unwrap_err();
         assert!(matches!(error, FreezerError::Deadline { wanted: "frozen", .. }));
         assert_eq!(fs::read_to_string(dir.path().join("cgroup.freeze")).unwrap(), "0");
+    }
+
+    #[test]
+    fn a_stopped_task_is_in_the_way_of_version_1_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("100")
+            // Left behind stopped by a failure, it must not hold up who reads the test's output.
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let pid = child.id();
+        for file in ["tasks", "cgroup.threads"] {
+            fs::write(dir.path().join(file), format!("{pid}\n")).unwrap();
+        }
+        let stopped = |kind| Freezer { kind, cgroup: dir.path().to_path_buf() }.stopped();
+        assert_eq!(stopped(Kind::V1), None);
+        let signal =
+            |signal| nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), signal);
+        signal(nix::sys::signal::Signal::SIGSTOP).unwrap();
+        let start = Instant::now();
+        while stopped(Kind::V1).is_none() && start.elapsed() < Duration::from_secs(5) {
+            std::thread::sleep(POLL);
+        }
+        assert_eq!((stopped(Kind::V1), stopped(Kind::V2)), (Some(pid), None));
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 }

@@ -352,3 +352,39 @@ fn a_restore_that_is_killed_before_it_opens_the_address_leaves_that_to_the_shim(
     ))?;
     wait_for_traces(host, &empty, "after all of it")
 }
+
+#[test]
+fn a_container_with_a_stopped_process_is_refused_at_once_where_it_cannot_be_dumped() -> Result<()> {
+    let scene = Scene::start()?;
+    let (host, b) = (scene.host("a"), scene.host("b"));
+    if !host.output("grep -q :freezer: /proc/self/cgroup")?.status.success() {
+        ferry_tests::skip("the freezer is not one of cgroup v1");
+        return Ok(());
+    }
+    host.run(&format!(
+        "ctr run -d --null-io --runtime {RUNTIME} {BUSYBOX} counter sh -c 'sleep 9999 & {COUNTS}'"
+    ))?;
+    counts_on(host, "counter")?;
+    let child = "$(pgrep -fx 'sleep 9999')";
+    host.run(&format!("kill -STOP {child}"))?;
+    let before = traces(host)?;
+    let migrate = format!("ferry migrate counter --to ssh://root@{}", b.address());
+    for (command, part) in [
+        ("ferry checkpoint counter taken", "kill -CONT"),
+        ("ferry checkpoint counter taken --exit", "kill -CONT"),
+        ("ctr task checkpoint --image-path /root/images counter", "kill -CONT"),
+        ("ctr task checkpoint --exit --image-path /root/images counter", "kill -CONT"),
+        (&migrate, "runs on a as before: stopped"),
+    ] {
+        let refusal = refused(host, &format!("timeout 30 {command}"))?;
+        ensure!(refusal.contains(part), "{command}: {refusal}");
+        counts_on(host, "counter").context(command.to_owned())?;
+        host.run(&format!("rm -rf /root/images; grep -q 'State:.T' /proc/{child}/status"))?;
+        wait_for_traces(host, &before, command)?;
+    }
+    // Pausing is another matter.
+    host.run("ctr task pause counter; ctr task resume counter")?;
+    counts_on(host, "counter")?;
+    host.run(&format!("kill -CONT {child}; ferry checkpoint counter taken"))?;
+    counts_on(host, "counter")
+}

@@ -177,6 +177,12 @@ fn state(container: &ContainerFacts, found: &mut Vec<Blocker>) {
         let what = format!("{id} has a restart policy, which could start a second copy");
         block(found, "restart-policy", what, "remove it (nerdctl update --restart=no)");
     }
+    if let Some(process) = container.stopped {
+        let what = format!(
+            "process {process} of {id} is stopped by a signal, and cannot be dumped frozen"
+        );
+        block(found, "stopped", what, &format!("let it go on: kill -CONT {process}"));
+    }
     if !container.io_uring.is_empty() {
         let what = format!("process {} of {id} uses io_uring", container.io_uring[0]);
         block(found, "io-uring", what, "turn io_uring off in the program: criu cannot dump it");

@@ -68,7 +68,7 @@ fn a_plain_container_is_not_blocked() {
 #[test]
 fn each_obstacle_is_refused_by_its_name() {
     type Change = fn(&mut Case);
-    let cases: [(&str, Change); 44] = [
+    let cases: [(&str, Change); 45] = [
         ("criu-missing", |c| c.destination.criu = None),
         ("runc-missing", |c| c.source.runc = None),
         ("nf-tables", |c| c.destination.nf_tables = false),
@@ -87,6 +87,7 @@ fn each_obstacle_is_refused_by_its_name() {
         ("restart-policy", |c| {
             c.container.labels.insert("containerd.io/restart.status".into(), "running".into());
         }),
+        ("stopped", |c| c.container.stopped = Some(7)),
         ("io-uring", |c| c.container.io_uring = vec![7]),
         ("user-namespace", |c| c.container.user_namespace = true),
         ("netns-path", |c| given(c, "/run/netns/x", Names::Hosts)),

@@ -8,6 +8,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use ferry_oci::api::ferry::{Description, Phase};
 use ferry_oci::cgroups;
+use ferry_oci::freezer::Freezer;
 use ferry_oci::netns::Netns;
 use ferry_oci::sockets::{self, InetSocket};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
@@ -105,6 +106,8 @@ pub(crate) struct ContainerFacts {
     pub(crate) user_namespace: bool,
     /// Names of OCI hooks.
     pub(crate) hooks: Vec<String>,
+    /// A process that is stopped by a signal, and cannot be dumped here then.
+    pub(crate) stopped: Option<u32>,
     /// Processes that use io_uring.
     pub(crate) io_uring: Vec<u32>,
     /// Memory that is resident, summed over the processes, bytes.
@@ -168,6 +171,7 @@ impl ContainerFacts {
             shared: shared(shim, &network),
             user_namespace: namespaces(&spec).any(|(kind, _)| kind == LinuxNamespaceType::User),
             hooks: hooks(&spec),
+            stopped: Freezer::of(shim.init_pid).ok().and_then(|freezer| freezer.stopped()),
             io_uring: shim.pids.iter().copied().filter(|&p| uses_io_uring(p)).collect(),
             resident: shim.pids.iter().map(|&p| resident(p)).sum(),
             memory: MemoryFacts::gather(&spec, shim.init_pid, &shim.pids)?,

@@ -53,6 +53,7 @@ pub(crate) fn container() -> ContainerFacts {
         shared: Vec::new(),
         user_namespace: false,
         hooks: Vec::new(),
+        stopped: None,
         io_uring: Vec::new(),
         resident: 1 << 20,
         memory: MemoryFacts {

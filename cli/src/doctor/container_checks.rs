@@ -7,7 +7,7 @@ use crate::describe::checks;
 use crate::describe::container::ContainerFacts;
 
 /// What stands in the way of a move, and of every checkpoint as well.
-const ALWAYS: [&str; 3] = ["runtime", "io-uring", "migrating"];
+const ALWAYS: [&str; 4] = ["runtime", "io-uring", "migrating", "stopped"];
 
 /// Files without a name that CRIU can dump; `io_uring` is told by its own name.
 const DUMPABLE: [&str; 8] =
@@ -175,10 +175,9 @@ fn state(container: &ContainerFacts, processes: &Processes, host: &Host, found: 
         let what = format!("processes are user {user}'s, and criu may not read their limits here");
         found.block("limits", what, "run containerd and ferry with CAP_SYS_RESOURCE");
     }
-    for pid in &processes.stopped {
-        let what = format!(
-            "process {pid} is stopped by a signal: a dump of a frozen cgroup may hang on it"
-        );
+    // Where it is in the way it has been told.
+    for pid in processes.stopped.iter().filter(|_| container.stopped.is_none()) {
+        let what = format!("process {pid} is stopped by a signal: its parent may wait for it");
         found.warn("stopped", what, &format!("let it go on: kill -CONT {pid}"));
     }
     if !processes.seccomp.is_empty() && (host.seccomp || host.lacks(SYS_ADMIN)) {

@@ -151,7 +151,8 @@ fn socket(family: i32, protocol: u32) -> Kind {
 #[test]
 fn each_lack_of_a_container_is_named() {
     type Spoil = fn(&mut ContainerFacts, &mut Processes);
-    let cases: [(Spoil, &str, Severity); 30] = [
+    let cases: [(Spoil, &str, Severity); 31] = [
+        (|c, p| (c.stopped, _) = (Some(7), p.stopped.insert(7)), "stopped", Blocker),
         (|_, p| _ = p.stopped.insert(7), "stopped", Warning),
         (|c, _| c.runtime = "io.containerd.runc.v2".into(), "runtime", Blocker),
         (|c, _| c.io_uring = vec![7], "io-uring", Blocker),

@@ -107,6 +107,7 @@ impl Container {
         let _op = self.op.write().await;
         admit(self.snapshot().status, Op::Checkpoint)?;
         self.must_be_filled().await?;
+        self.refuse_stopped()?;
         for folder in [&params.images, &params.work] {
             std::fs::create_dir_all(folder)
                 .context(format!("make the folder {}", folder.display()))?;

@@ -7,7 +7,7 @@ use crate::error::{Context as _, Error, Result};
 use crate::state::Status;
 use ferry_oci::cgroups;
 use ferry_oci::criu::{DumpOptions, DumpRecord, Locked, NetworkLock};
-use ferry_oci::freezer::Freezer;
+use ferry_oci::freezer::{Freezer, FreezerError};
 use ferry_oci::netns::Netns;
 use ferry_oci::quarantine::connections::{self, Connection};
 use ferry_oci::sockets::{self, Protocol};
@@ -68,6 +68,17 @@ impl Container {
         Ok(())
     }
 
+    /// Refuses a dump that would never end, of a container that may be frozen already.
+    pub(crate) fn refuse_stopped(&self) -> Result<()> {
+        let freezer = Freezer::of(self.snapshot().pid).context("find the freezer")?;
+        match freezer.stopped() {
+            None => Ok(()),
+            Some(thread) => {
+                Err(Error::failed_precondition(FreezerError::Stopped(thread).to_string()))
+            }
+        }
+    }
+
     /// Freezes the container, if it runs. CRIU would freeze it too, and wait for ever for a program that it
     /// has caught in the middle of a vfork.
     pub(super) async fn stand_still(&self) -> Result<Option<Silent>> {
@@ -80,7 +91,7 @@ impl Container {
             return Ok(None);
         }
         let freeze = freezer.clone();
-        blocking(move || freeze.freeze(FREEZER)).await?.context("freeze the container")?;
+        blocking(move || freeze.freeze_for_dump(FREEZER)).await?.context("freeze the container")?;
         Ok(Some(Silent { freezer: Some(freezer), lock: None }))
     }
 

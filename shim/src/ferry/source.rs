@@ -524,9 +524,10 @@ async fn freeze(source: &mut AtSource) -> Result<Duration> {
     source.frozen = true;
     if !source.takes(Fast::Freezer) && !freezer.is_frozen().context("look at the freezer")? {
         source.container.freeze_by_runc().await?;
+        source.container.refuse_stopped()?;
         return Ok(start.elapsed());
     }
-    let frozen = tokio::task::spawn_blocking(move || freezer.freeze(FREEZER));
+    let frozen = tokio::task::spawn_blocking(move || freezer.freeze_for_dump(FREEZER));
     frozen.await.context("freeze")?.context("freeze")
 }
 
