@@ -6,7 +6,7 @@ use crate::error::{Context as _, Result};
 use crate::state::Status;
 use ferry_oci::{paths, quarantine};
 use log::warn;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::sleep;
@@ -27,14 +27,14 @@ impl Container {
                 return;
             }
             let opened = tokio::task::spawn_blocking(move || open(&folder, &id)).await;
-            if let Err(err) = opened.context("open the address").flatten() {
+            if let Err(err) = opened.context("open the address").and_then(|opened| opened) {
                 warn!("{err}");
             }
         });
     }
 }
 
-fn open(folder: &PathBuf, id: &str) -> Result<()> {
+fn open(folder: &Path, id: &str) -> Result<()> {
     let silent = quarantine::present().context("look for the address's rules")?;
     if !silent.iter().any(|other| other == id) {
         return Ok(());
