@@ -416,6 +416,8 @@ mod tests {
             file_locks: true,
             empty_ns: &empty,
             manage_cgroups: Some("ignore"),
+            parent_path: None,
+            pre_dump: false,
         };
         assert_eq!(
             line(&checkpoint),
