@@ -383,7 +383,7 @@ mod tests {
         let content = File::open(content).unwrap();
         let left = LeftOut {
             present: vec![(0x1000..0x2000, PAGE), (0x5000..0x6000, 2 * PAGE)],
-            in_parent: vec![0x3000..0x5000],
+            in_parent: std::iter::once(0x3000..0x5000).collect(),
         };
         merge(dir.path(), 1, &left, &content).unwrap();
         let runs = Pagemap::read(dir.path(), 1).unwrap().runs;
@@ -395,7 +395,8 @@ mod tests {
         ];
         assert_eq!(runs, expected);
         assert_eq!(pages(dir.path(), 1), [1, 2, 5, 9]);
-        let twice = LeftOut { in_parent: vec![0x9000..0xa000], ..LeftOut::default() };
+        let twice =
+            LeftOut { in_parent: std::iter::once(0x9000..0xa000).collect(), ..LeftOut::default() };
         assert!(merge(dir.path(), 1, &twice, &content).is_err());
         assert_eq!(pages(dir.path(), 1), [1, 2, 5, 9]);
     }
