@@ -21,6 +21,8 @@ pub(super) struct Field<'a> {
     pub(super) value: u64,
     /// Its value, if it is a string, bytes or a message.
     pub(super) bytes: Option<&'a [u8]>,
+    /// Its value is a number of fixed length.
+    fixed: bool,
 }
 
 impl Field<'_> {
@@ -113,7 +115,7 @@ fn field<'a>(message: &mut &'a [u8]) -> Option<Field<'a>> {
         5 => bytes = Some(message.split_off(..4)?),
         _ => return None,
     }
-    Some(Field { number: key >> 3, value, bytes })
+    Some(Field { number: key >> 3, value, bytes, fixed: matches!(key & 7, 1 | 5) })
 }
 
 fn varint(message: &mut &[u8]) -> Option<u64> {
@@ -144,6 +146,8 @@ pub(super) fn image(magic: u32, records: &[Vec<u8>]) -> Vec<u8> {
 
 /// The other way.
 pub(super) mod encode {
+    use super::Field;
+
     fn varint(mut value: u64) -> Vec<u8> {
         let mut bytes = Vec::new();
         while value > 0x7f {
@@ -154,13 +158,24 @@ pub(super) mod encode {
         bytes
     }
 
+    /// A field as it was read.
+    pub(in super::super) fn field(field: &Field) -> Vec<u8> {
+        let key = |kind| varint(field.number << 3 | kind);
+        match field.bytes {
+            None => [key(0), varint(field.value)].concat(),
+            Some(value) if field.fixed => {
+                [&key(if value.len() == 8 { 1 } else { 5 }), value].concat()
+            }
+            Some(value) => [&key(2), &varint(value.len() as u64), value].concat(),
+        }
+    }
+
     /// A field that is a number.
     pub(in super::super) fn number(field: u64, value: u64) -> Vec<u8> {
         [varint(field << 3), varint(value)].concat()
     }
 
     /// A field that is a text, bytes or a message.
-    #[cfg(test)]
     pub(in super::super) fn bytes(field: u64, value: &[u8]) -> Vec<u8> {
         [&varint(field << 3 | 2), &varint(value.len() as u64), value].concat()
     }

@@ -6,7 +6,7 @@ use serde::Serialize;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-const FILES_MAGIC: u32 = 0x5630_3138;
+pub(super) const FILES_MAGIC: u32 = 0x5630_3138;
 const FDINFO_MAGIC: u32 = 0x5621_3732;
 
 /// A file that a process has open.

@@ -15,6 +15,7 @@
 
 mod asks;
 mod capabilities;
+mod edit;
 mod files;
 mod folder;
 mod memory;
@@ -30,6 +31,7 @@ use std::io;
 
 pub use asks::{Asked, Asks, Namespaces};
 pub use capabilities::capabilities;
+pub use edit::{Outside, TakenIn, take_any_root, take_in};
 pub use files::{File, OpenFile};
 pub use folder::Folder;
 pub use memory::Memory;

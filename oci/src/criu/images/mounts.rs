@@ -6,13 +6,16 @@ use serde::Serialize;
 
 pub(super) const MNTS_MAGIC: u32 = 0x5556_3928;
 
+/// CRIU's number of a file system in memory.
+pub(super) const TMPFS: u64 = 5;
+
 /// CRIU's numbers of file systems.
 const KINDS: [(u64, &str); 19] = [
     (1, "proc"),
     (2, "sysfs"),
     (3, "devtmpfs"),
     (4, "binfmt_misc"),
-    (5, "tmpfs"),
+    (TMPFS, "tmpfs"),
     (6, "devpts"),
     (7, "simfs"),
     (8, "pstore"),
