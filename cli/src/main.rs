@@ -16,6 +16,7 @@ mod shim;
 mod status;
 mod table;
 mod transport;
+mod untar;
 mod wire;
 
 use std::process::ExitCode;

@@ -9,10 +9,9 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use ferry_oci::paths::is_plain_name;
 use sha2::{Digest, Sha256};
-use tar::{Archive, Builder, EntryType, Header};
+use tar::{Builder, EntryType, Header};
 
-/// More files than any dump has.
-const MAX_FILES: usize = 1 << 20;
+use crate::untar::{self, Kind, Reader};
 
 /// A file that is read into memory is not longer, bytes.
 const MAX_FOUND: u64 = 16 << 20;
@@ -83,52 +82,46 @@ impl Write for Sum {
 ///
 /// # Errors
 /// For anything but plain files with plain names, a name that comes twice, and an archive that breaks off.
-pub(super) fn unpack(input: impl Read, dir: &Path) -> Result<()> {
-    let mut archive = Archive::new(input);
-    for (count, entry) in archive.entries().context("read the archive")?.enumerate() {
-        ensure!(count < MAX_FILES, "the archive has more than {MAX_FILES} files");
-        let mut entry = entry.context("read the archive")?;
-        let path = entry.path_bytes().into_owned();
-        let shown = String::from_utf8_lossy(&path).into_owned();
-        let name = shown.strip_prefix("./").unwrap_or(&shown);
-        match entry.header().entry_type() {
+pub(super) fn unpack(input: impl Read + Send + 'static, dir: &Path) -> Result<()> {
+    let mut reader = Reader::new(untar::through(input));
+    while let Some(entry) = reader.next().context("read the archive")? {
+        match entry.kind {
             // The folder itself.
-            EntryType::Directory if matches!(name, "" | ".") => continue,
-            EntryType::Regular => {}
-            other => bail!("{shown:?} of the archive is no plain file but {other:?}"),
+            Kind::Folder if entry.name.is_empty() => {}
+            Kind::File => extract(&mut reader, dir, &entry.name)?,
+            other => bail!("{:?} of the archive is no plain file but a {other:?}", entry.name),
         }
-        ensure!(is_plain_name(name), "{shown:?} of the archive is no name of an image");
-        let path = dir.join(name);
-        let mut file = File::options()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)
-            .with_context(|| format!("create {}", path.display()))?;
-        let size = entry.size();
-        let written = io::copy(&mut entry, &mut file);
-        let written = written.with_context(|| format!("write {}", path.display()))?;
-        ensure!(written == size, "the archive breaks off in {shown:?}");
     }
     Ok(())
+}
+
+/// Writes the entry that `reader` is at into `dir` as the file `name`.
+///
+/// # Errors
+/// When it is no plain name, or one that is there; when the archive breaks off or there is no room.
+pub(super) fn extract(reader: &mut Reader, dir: &Path, name: &str) -> Result<()> {
+    ensure!(is_plain_name(name), "{name:?} of the archive is no name of an image");
+    let path = dir.join(name);
+    let mut file = File::options()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&path)
+        .with_context(|| format!("create {}", path.display()))?;
+    reader.copy(&mut file).with_context(|| format!("write {}", path.display()))
 }
 
 /// The file `wanted` of an archive, if it has it; the archive is read no further.
 ///
 /// # Errors
 /// When it is longer than [`MAX_FOUND`], or the archive breaks off before it.
-pub(super) fn find(input: impl Read, wanted: &str) -> Result<Option<Vec<u8>>> {
-    let mut archive = Archive::new(input);
-    for entry in archive.entries().context("read the archive")? {
-        let entry = entry.context("read the archive")?;
-        let path = entry.path_bytes();
-        if path.strip_prefix(b"./").unwrap_or(&path) != wanted.as_bytes() {
-            continue;
+pub(super) fn find(input: impl Read + Send + 'static, wanted: &str) -> Result<Option<Vec<u8>>> {
+    let mut reader = Reader::new(untar::through(input));
+    while let Some(entry) = reader.next().context("read the archive")? {
+        if entry.name == wanted && entry.kind == Kind::File {
+            ensure!(entry.size <= MAX_FOUND, "{wanted} of the archive is too long");
+            return reader.content().context("read the archive").map(Some);
         }
-        ensure!(entry.size() <= MAX_FOUND, "{wanted} of the archive is too long");
-        let mut bytes = Vec::new();
-        entry.take(MAX_FOUND).read_to_end(&mut bytes).context("read the archive")?;
-        return Ok(Some(bytes));
     }
     Ok(None)
 }
@@ -136,6 +129,10 @@ pub(super) fn find(input: impl Read, wanted: &str) -> Result<Option<Vec<u8>>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn cursor(bytes: &[u8]) -> io::Cursor<Vec<u8>> {
+        io::Cursor::new(bytes.to_vec())
+    }
 
     fn header(kind: EntryType, size: u64) -> Header {
         let mut header = Header::new_gnu();
@@ -167,15 +164,15 @@ mod tests {
         let mut bytes = Vec::new();
         pack(from.path(), &mut bytes).unwrap();
         assert_eq!(digest(from.path()).unwrap(), (digest_of(&bytes), bytes.len() as u64));
-        assert_eq!(find(bytes.as_slice(), "descriptors.json").unwrap(), Some(b"[]".into()));
-        assert_eq!(find(bytes.as_slice(), "ferry.json").unwrap(), None);
-        unpack(bytes.as_slice(), to.path()).unwrap();
+        assert_eq!(find(cursor(&bytes), "descriptors.json").unwrap(), Some(b"[]".into()));
+        assert_eq!(find(cursor(&bytes), "ferry.json").unwrap(), None);
+        unpack(cursor(&bytes), to.path()).unwrap();
         assert_eq!(fs::read(to.path().join("pages-1.img")).unwrap(), large);
         assert_eq!(fs::read(to.path().join("descriptors.json")).unwrap(), b"[]");
         assert_eq!(fs::read_dir(to.path()).unwrap().count(), 2);
         // Broken off in the middle.
         let to = tempfile::tempdir().unwrap();
-        assert!(unpack(&bytes[..bytes.len() / 2], to.path()).is_err());
+        assert!(unpack(cursor(&bytes[..bytes.len() / 2]), to.path()).is_err());
     }
 
     #[test]
@@ -185,10 +182,10 @@ mod tests {
         fs::create_dir(&inside).unwrap();
         for name in ["../x", "/x", "a/b", "..", ".hidden", "a/../../x"] {
             let bytes = archive(name, EntryType::Regular, b"content");
-            assert!(unpack(bytes.as_slice(), &inside).is_err(), "{name}");
+            assert!(unpack(cursor(&bytes), &inside).is_err(), "{name}");
         }
         for kind in [EntryType::Symlink, EntryType::Link, EntryType::Fifo, EntryType::Char] {
-            assert!(unpack(archive("x", kind, b"").as_slice(), &inside).is_err(), "{kind:?}");
+            assert!(unpack(cursor(&archive("x", kind, b"")), &inside).is_err(), "{kind:?}");
         }
         assert_eq!(fs::read_dir(&inside).unwrap().count(), 0);
         assert_eq!(fs::read_dir(to.path()).unwrap().count(), 1);
@@ -203,7 +200,7 @@ mod tests {
         one.truncate(1024);
         both.extend(&one);
         both.extend(archive("./x", EntryType::Regular, b"2"));
-        let error = unpack(both.as_slice(), to.path()).unwrap_err();
+        let error = unpack(cursor(&both), to.path()).unwrap_err();
         assert!(format!("{error:#}").contains("exists"), "{error:#}");
         assert_eq!(fs::read(to.path().join("x")).unwrap(), b"1");
     }

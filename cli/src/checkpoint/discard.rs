@@ -48,8 +48,8 @@ async fn locked(containerd: &Containerd, checkpoint: &Checkpoint) -> Result<Opti
     // Made by a client of containerd: the record lies among the images.
     let Some(images) = checkpoint.index.part(format::IMAGES) else { return Ok(None) };
     let mut reader = containerd.read_blob(&images.digest, 0).await?;
-    let (to, mut from) = stream::reader();
-    let find = tokio::task::spawn_blocking(move || archive::find(&mut from, RECORD_FILE));
+    let (to, from) = stream::reader();
+    let find = tokio::task::spawn_blocking(move || archive::find(from, RECORD_FILE));
     while let Some(chunk) = reader.chunk().await? {
         if to.send(chunk).await.is_err() {
             break;

@@ -200,9 +200,9 @@ impl Restore {
     async fn unpack(&self, folder: &Path) -> Result<()> {
         let blob = self.checkpoint.index.part(format::IMAGES).context("no images of CRIU")?;
         let mut reader = self.store.containerd().read_blob(&blob.digest, 0).await?;
-        let (to, mut from) = stream::reader();
+        let (to, from) = stream::reader();
         let folder = folder.to_owned();
-        let unpack = tokio::task::spawn_blocking(move || archive::unpack(&mut from, &folder));
+        let unpack = tokio::task::spawn_blocking(move || archive::unpack(from, &folder));
         while let Some(chunk) = reader.chunk().await? {
             // It has ended and says why.
             if to.send(chunk).await.is_err() {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   name of an image ── stored.rs: index and blobs in containerd ─┐
-//!   file ─────────────────────────────────────────────────────────┼─ archive.rs ─ tar.rs
+//!   file ─────────────────────────────────────────────────────────┼─ archive.rs ─ untar
 //!   folder ── ferry_oci::criu::images::Folder ──────┐             │
 //!                                                   ├─ Contents ◀─┘   what CRIU's images say
 //!                     record.rs: what others wrote ─┴─ report.rs ── text.rs, or JSON
@@ -13,7 +13,6 @@ mod archive;
 mod record;
 mod report;
 mod stored;
-mod tar;
 #[cfg(test)]
 mod tests;
 mod text;
@@ -24,6 +23,7 @@ use anyhow::{Context, Result, bail};
 use ferry_oci::criu::images::{Contents, Folder, Source};
 
 use crate::containerd::Containerd;
+use crate::untar;
 use crate::wire::messages::ContainerdAddress;
 use archive::Archive;
 use report::Report;
@@ -50,14 +50,21 @@ pub(crate) async fn run(address: &ContainerdAddress, what: String, json: bool) -
     Ok(())
 }
 
-enum Found {
+/// What an operator means.
+pub(crate) enum Found {
+    /// A folder.
     Folder(PathBuf),
+    /// A file.
     File(PathBuf),
-    /// Of an image.
+    /// The name of an image.
     Name,
 }
 
-fn find(what: &str) -> Result<Found> {
+/// Finds out what `what` is: a file or a folder of that name comes first.
+///
+/// # Errors
+/// For a path where nothing is that can be read.
+pub(crate) fn find(what: &str) -> Result<Found> {
     let path = Path::new(what);
     match path.metadata() {
         Ok(meta) if meta.is_dir() => Ok(Found::Folder(path.to_owned())),
@@ -88,7 +95,7 @@ fn file(path: &Path) -> Result<Report> {
     let mut report = Report::new("archive", path.display().to_string());
     let open = {
         let path = path.to_owned();
-        move || archive::open(&path)
+        move || untar::open(&path)
     };
     let mut archive = Archive::read(Box::new(open)).with_context(|| report.name.clone())?;
     report.take_records(&mut archive)?;

@@ -9,11 +9,12 @@ use prost::Message as _;
 use serde::Deserialize;
 use tokio::runtime::Handle;
 
-use super::archive::{self, Archive, Open};
+use super::archive::{Archive, Open};
 use super::record::{Recorded, Spec};
 use super::report::{Part, Report, set};
 use crate::checkpoint::{IMAGES, SPEC, SUMMARY};
 use crate::containerd::{BlobReader, Containerd, Descriptor};
+use crate::untar;
 
 /// What all media types of checkpoints begin with.
 const CHECKPOINT: &str = "application/vnd.containerd.container.";
@@ -138,7 +139,7 @@ async fn images(
         chunk_at: 0,
         reader: None,
     };
-    let open: Open = Box::new(move || archive::uncompressed(file.again()));
+    let open: Open = Box::new(move || untar::uncompressed(file.again()));
     let read = move || {
         let named = || format!("the archive in {}", report.name);
         let mut archive = Archive::read(open).with_context(named)?;

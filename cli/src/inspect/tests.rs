@@ -4,9 +4,10 @@ use std::io::{self, Cursor, Write};
 
 use ferry_oci::criu::images::{Source, Span};
 
-use super::archive::{Archive, uncompressed};
+use super::archive::Archive;
 use super::report::Report;
 use super::text;
+use crate::untar::uncompressed;
 
 /// A header as tar(1) makes it.
 fn header(name: &[u8], kind: u8, size: u64) -> Vec<u8> {

@@ -4,7 +4,11 @@
 //! than a checkpoint has, and an archive that ends early. So whoever unpacks what passes here writes
 //! nothing but files and folders below his own.
 
-use std::io::{self, Read};
+mod open;
+
+use std::io::{self, Read, Write};
+
+pub(crate) use open::{open, through, uncompressed};
 
 const BLOCK: usize = 512;
 /// The most entries. A process has some five images.
@@ -120,6 +124,16 @@ impl Reader {
         }
         self.left -= bytes;
         Ok(part)
+    }
+
+    /// Writes what is left of the entry's content to `out`.
+    ///
+    /// # Errors
+    /// When the archive ends early, or `out` does not take it.
+    pub(crate) fn copy(&mut self, out: &mut dyn Write) -> io::Result<()> {
+        let copied = io::copy(&mut (&mut self.stream).take(self.left), out)?;
+        self.left -= copied;
+        if self.left == 0 { Ok(()) } else { Err(early()) }
     }
 
     /// Passes over some of the entry's content.
@@ -252,7 +266,7 @@ fn text(field: &[u8]) -> std::borrow::Cow<'_, str> {
     String::from_utf8_lossy(field.split(|byte| *byte == 0).next().unwrap_or_default())
 }
 
-pub(super) fn bad(text: &str) -> io::Error {
+pub(crate) fn bad(text: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, text)
 }
 
