@@ -34,8 +34,12 @@ const OLDER: &str = "trixie";
 const EMPTY: Layer =
     Layer { name: "", packages: &[], older: &[], modules: &[], links: &[], files: &[] };
 
-/// podman, for the comparison.
+/// podman, for the comparison and for the archives that it makes and takes.
 pub const PODMAN: Layer = Layer { name: "podman", packages: &["podman"], ..EMPTY };
+
+/// What else reads those archives.
+pub const CHECKPOINTCTL: Layer =
+    Layer { name: "checkpointctl", packages: &["checkpointctl"], ..EMPTY };
 
 /// containerd 1.7.24 and runc 1.1.15. CRIU stays the base system's: Debian 13's cannot dump sockets
 /// on newer kernels.
@@ -154,6 +158,7 @@ pub const CRI_1_7: Layer = Layer {
 /// All layers.
 pub const ALL: &[&Layer] = &[
     &PODMAN,
+    &CHECKPOINTCTL,
     &CONTAINERD_1_7,
     &CONTAINERD_2_3,
     &CONTAINERD_2_4,

@@ -45,11 +45,13 @@ pub mod lab;
 pub mod layers;
 pub mod memory;
 pub mod network;
+pub mod podman;
 pub mod prereq;
 pub mod process;
 pub mod scene;
 pub mod sweep;
 pub mod table;
+pub mod tally;
 pub mod task;
 pub mod versions;
 

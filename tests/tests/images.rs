@@ -7,42 +7,12 @@ use anyhow::{Context, Result, ensure};
 use ferry_tests::counter::Counter;
 use ferry_tests::ctr::{until, wait_for_status};
 use ferry_tests::scene::{FLOATING, RUNTIME, traces, wait_for_traces};
+use ferry_tests::tally::{COUNTS, counted, counts_on, end, refused};
 use ferry_tests::{Host, Scene};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
 const BUSYBOX: &str = "docker.io/library/busybox:latest";
-/// Counts in memory, and in a file.
-const COUNTS: &str = "i=0; while :; do i=$((i+1)); echo $i >> /log; usleep 200; done";
-
-/// Runs `command` on `host`, which has to refuse it; what it says.
-fn refused(host: &Host, command: &str) -> Result<String> {
-    let output = host.output(command)?;
-    ensure!(!output.status.success(), "{command} was not refused: {output}");
-    Ok(output.stderr)
-}
-
-/// Lines of the file that task `id` counts in; fails unless each is one more than the one before.
-fn counted(host: &Host, id: &str) -> Result<usize> {
-    let pid = host.run(&format!("ctr task ls | awk '$1 == \"{id}\" {{print $2}}'"))?.stdout;
-    let log = host.run(&format!("cat /proc/{}/root/log", pid.trim()))?.stdout;
-    for (number, line) in (1..).zip(log.lines()) {
-        ensure!(line == number.to_string(), "{id}: line {number} is {line:?}");
-    }
-    Ok(log.lines().count())
-}
-
-/// Waits until task `id` has counted on.
-fn counts_on(host: &Host, id: &str) -> Result<()> {
-    let before = counted(host, id)?;
-    until(&format!("{id} counts on"), || Ok(counted(host, id)? > before))
-}
-
-fn end(host: &Host, id: &str) -> Result<()> {
-    host.run(&format!("ctr task kill -s KILL {id}"))?;
-    wait_for_status(host, id, "STOPPED")?;
-    host.run(&format!("ctr task rm {id}; ctr container rm {id}")).map(drop)
-}
 
 fn json(host: &Host, command: &str) -> Result<Value> {
     let output = host.run(command)?;

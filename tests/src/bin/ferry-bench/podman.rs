@@ -1,10 +1,10 @@
 //! The move with podman: checkpoint with export, copy, restore with import.
 //!
-//! Podman keeps its containers beside containerd's, in a folder on a real disk. Its archive is not
-//! compressed (that takes longer than it saves here) and lies in memory at both ends.
+//! Its archive is not compressed (that takes longer than it saves here) and lies in memory at both ends.
 
 use anyhow::Result;
 use ferry_tests::Host;
+use ferry_tests::podman::{SETUP, load};
 use ferry_tests::scene::FLOATING;
 
 use crate::script;
@@ -13,25 +13,6 @@ use crate::workloads::Workload;
 
 /// Id of its container.
 const ID: &str = "bench";
-
-/// Podman on test hosts, which have no systemd; to be sourced.
-const SETUP: &str = r#"
-export PODMAN_IGNORE_CGROUPSV1_WARNING=1
-pod() {
-    podman --root /var/lib/containerd/podman --runroot /run/podman --storage-driver overlay \
-        --runtime runc --cgroup-manager cgroupfs --events-backend file "$@"
-}
-"#;
-
-/// Gives podman the image as containerd has it.
-const LOAD: &str = r#"
-set -e
-if ! pod image exists $IMAGE; then
-    ctr image export /run/image.tar $IMAGE
-    pod load --quiet --input /run/image.tar >/dev/null
-    rm /run/image.tar
-fi
-"#;
 
 /// Run on the host that is left. `pod` is defined in the shell there too.
 const MOVE: &str = r#"
@@ -69,7 +50,7 @@ pub(crate) fn clean() -> String {
 pub(crate) fn start(workload: Workload, host: &Host, other: &Host) -> Result<()> {
     let image = workload.image();
     for host in [host, other] {
-        host.run(&format!("IMAGE={image}\n{SETUP}\n{LOAD}"))?;
+        load(host, image)?;
     }
     host.run(&format!(
         "ip addr add {FLOATING}/24 dev eth0\n{SETUP}
