@@ -88,10 +88,13 @@ enum Command {
         #[arg(long, default_value = "ferry")]
         remote_ferry: String,
     },
-    /// Make an image of a running container
+    /// Make an image of a running container, or a file
     ///
     /// The image has its memory, its changed files and its settings, and stays in containerd. The
     /// container stands still for the dump alone. Prints the name of the image.
+    ///
+    /// With --export a file is made, which podman can restore and checkpointctl reads; an image besides
+    /// only if REF is given.
     Checkpoint {
         /// Container id
         container: String,
@@ -105,6 +108,13 @@ enum Command {
         /// Keep unix sockets whose other end is outside the container
         #[arg(long)]
         external_unix_sockets: bool,
+        /// Write the archive FILE as `podman container checkpoint --export` does; a file of that name is
+        /// replaced once the new one is complete, as podman replaces it
+        #[arg(long, short, value_name = "FILE")]
+        export: Option<PathBuf>,
+        /// What the file is packed with
+        #[arg(long, short, value_enum, requires = "export", default_value = "zstd")]
+        compress: checkpoint::Compression,
     },
     /// Write down the memory of a running container, for the next checkpoint to build on
     ///
@@ -124,9 +134,12 @@ enum Command {
     /// Bring a container back from a checkpoint
     ///
     /// A container that is here is restored as its record says; any other is made from the checkpoint.
+    ///
+    /// FILE is an archive of `ferry checkpoint --export` or of `podman container checkpoint --export`, of a
+    /// container whose image is here.
     Restore {
-        /// Name of the checkpoint's image
-        #[arg(value_name = "REF")]
+        /// Name of the checkpoint's image, or path of its archive
+        #[arg(value_name = "REF|FILE")]
         name: String,
         /// Id of the container, if not that of the one that was checkpointed
         #[arg(long)]
@@ -285,11 +298,20 @@ impl Args {
             Command::Recover { container, thaw, end: _ } => {
                 migrate::settle::recover(&containerd, &container, thaw).await
             }
-            Command::Checkpoint { container, name, exit, external_unix_sockets } => {
+            Command::Checkpoint {
+                container,
+                name,
+                exit,
+                external_unix_sockets,
+                export,
+                compress,
+            } => {
                 let json = self.json;
+                let export = export.map(|file| checkpoint::ExportWish { file, compress });
                 checkpoint::create(checkpoint::CreateOptions {
                     container,
                     name,
+                    export,
                     exit,
                     external_unix_sockets,
                     containerd,

@@ -41,13 +41,15 @@ pub(super) fn pack(dir: &Path, out: impl Write) -> io::Result<()> {
     builder.into_inner()?.flush()
 }
 
-/// Digest, as `sha256:<hex>`, and length of what [`pack`] writes.
+/// Digest, as `sha256:<hex>`, and length of what `write` writes.
 ///
 /// # Errors
-/// When a file cannot be read.
-pub(super) fn digest(dir: &Path) -> io::Result<(String, u64)> {
+/// When it cannot.
+pub(super) fn digest(
+    write: impl Fn(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<(String, u64)> {
     let mut sum = Sum::default();
-    pack(dir, &mut sum)?;
+    write(&mut sum)?;
     Ok((name(&sum.hash.finalize()), sum.length))
 }
 
@@ -163,7 +165,8 @@ mod tests {
         fs::write(from.path().join("descriptors.json"), "[]").unwrap();
         let mut bytes = Vec::new();
         pack(from.path(), &mut bytes).unwrap();
-        assert_eq!(digest(from.path()).unwrap(), (digest_of(&bytes), bytes.len() as u64));
+        let packed = digest(|out| pack(from.path(), out)).unwrap();
+        assert_eq!(packed, (digest_of(&bytes), bytes.len() as u64));
         assert_eq!(find(cursor(&bytes), "descriptors.json").unwrap(), Some(b"[]".into()));
         assert_eq!(find(cursor(&bytes), "ferry.json").unwrap(), None);
         unpack(cursor(&bytes), to.path()).unwrap();

@@ -28,6 +28,8 @@ pub(super) const OPTIONS: &str = "application/vnd.containerd.container.checkpoin
 /// Options of the container's runtime.
 pub(super) const RUNTIME_OPTIONS: &str =
     "application/vnd.containerd.container.checkpoint.runtime.options+proto";
+/// A layer that is not compressed.
+pub(super) const PLAIN_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 /// The writable layer.
 pub(super) const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 /// Our [`Summary`].
@@ -190,12 +192,16 @@ pub(super) fn is_image(media_type: &str) -> bool {
     )
 }
 
-/// The version first: a newer one may not parse as this one.
-fn summary(bytes: &[u8]) -> Result<Summary> {
+/// Decodes a summary.
+///
+/// # Errors
+/// When it is of a newer ferry, or is none.
+pub(super) fn summary(bytes: &[u8]) -> Result<Summary> {
     #[derive(Deserialize)]
     struct Version {
         version: u32,
     }
+    // The version first: a newer one may not parse as this one.
     let Version { version } =
         serde_json::from_slice(bytes).context("decode the summary of the checkpoint")?;
     if version == 0 || version > VERSION {

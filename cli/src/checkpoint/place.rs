@@ -3,7 +3,10 @@
 //! A command that was killed leaves its folder, and what it had begun in containerd. Whoever comes next
 //! settles that: what is not complete goes, and a container that runs stays.
 
+use std::ffi::OsStr;
 use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -19,6 +22,8 @@ use crate::network::address::Cidr;
 
 /// What a restore changes, in its folder.
 const PLAN: &str = "restore.json";
+/// Name of a file elsewhere that goes with it.
+const COVERED: &str = "covered";
 
 /// A folder that goes with its owner.
 #[derive(Debug)]
@@ -63,6 +68,15 @@ impl Place {
         let path = self.path.join(name);
         fs::create_dir_all(&path).with_context(|| format!("make {}", path.display()))?;
         Ok(path)
+    }
+
+    /// Should this command be killed, the next one removes `file`, which is unfinished then.
+    ///
+    /// # Errors
+    /// When it cannot be written down.
+    pub(super) fn covers(&self, file: &Path) -> Result<()> {
+        let written = fs::write(self.path.join(COVERED), file.as_os_str().as_bytes());
+        written.context("write down what is unfinished")
     }
 
     /// Writes down what a restore is about to change.
@@ -136,6 +150,14 @@ async fn settle(containerd: &Containerd, id: &str, folder: &Path) -> Result<()> 
                 undo(containerd, &plan).await?;
                 cleanup::remove(&store, plan.ip).await?;
             }
+        }
+    }
+    if let Ok(file) = fs::read(folder.join(COVERED)) {
+        match fs::remove_file(Path::new(OsStr::from_bytes(&file))) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).context("remove what is unfinished");
+            }
+            _ => {}
         }
     }
     fs::remove_dir_all(folder).context("remove it")

@@ -15,29 +15,28 @@ use ferry_oci::criu::images::{Asks, Folder, capabilities};
 use ferry_oci::paths;
 use serde_json::Value;
 
-use super::archive;
 use super::create::{new_id, stopped};
-use super::format::{self, Checkpoint, Summary};
+use super::format::Summary;
+use super::origin::{Base, Origin};
 use super::place::{self, Place, Plan};
 use super::spec::{self, Allowed};
 use super::trust;
 use crate::agent::cleanup;
 use crate::containerd::{
     ContainerRecord, Containerd, Descriptor, Destination, SnapshotKind, Stdio, TaskStatus,
-    TypedBytes,
 };
 use crate::describe::checks::RUNTIME;
 use crate::lock;
 use crate::migrate::fault;
+use crate::migrate::pause::log_file;
 use crate::network::address::{self, Cidr};
 use crate::network::queue::Held;
 use crate::wire::messages::ContainerdAddress;
-use crate::wire::stream;
 
 /// What the operator asked for.
 #[derive(Debug)]
 pub(crate) struct Options {
-    /// Name of the image.
+    /// Name of the image, or of the file.
     pub(crate) name: String,
     /// Id of the container, if not that of the one that was checkpointed.
     pub(crate) id: Option<String>,
@@ -55,7 +54,7 @@ pub(crate) struct Options {
 struct Restore {
     options: Options,
     id: String,
-    checkpoint: Checkpoint,
+    origin: Origin,
     summary: Option<Summary>,
     store: Destination,
     place: Place,
@@ -78,27 +77,25 @@ struct Arriving {
 pub(crate) async fn run(options: Options) -> Result<()> {
     let at = &options.containerd;
     let containerd = Containerd::connect(&at.socket, &at.namespace).await?;
-    let checkpoint = Checkpoint::open(&containerd, &options.name).await?;
-    let summary = checkpoint.summary(&containerd).await?;
-    let id =
-        options.id.clone().or_else(|| summary.as_ref().map(|summary| summary.container.clone()));
+    let work = new_id();
+    // First of all: it settles what a command has left that was killed.
+    let place = Place::make(&containerd, &at.namespace, &work).await?;
+    let origin = Origin::open(&containerd, &options.name, &place).await?;
+    let summary = origin.summary(&containerd).await?;
+    let id = options.id.clone().or_else(|| origin.id(summary.as_ref()));
     let id = id.with_context(|| {
         format!("{} does not say which container it is of: give --id", options.name)
     })?;
-    ensure!(paths::is_container_id(&id), "{id:?} is no id of a container");
+    ensure!(paths::is_container_id(&id), "{id:?} is no id of a container: give --id");
     let name = format!("driver-{}-{id}", at.namespace);
     let _driver = lock::take(&name, Duration::ZERO)
         .await
         .with_context(|| format!("{id} is being moved or restored"))?;
-    let work = new_id();
-    // First of all: it settles what a command has left that was killed.
-    let place = Place::make(&containerd, &at.namespace, &work).await?;
     let there = there(&containerd, &id).await?;
     let store = containerd.destination(&work)?;
     store.create_lease().await?;
     let json = options.json;
-    let mut restore =
-        Restore { options, id, checkpoint, summary, store, place, there, address: None };
+    let mut restore = Restore { options, id, origin, summary, store, place, there, address: None };
     let done = tokio::select! {
         done = restore.prepare() => done,
         stopped = stopped() => Err(stopped),
@@ -129,27 +126,28 @@ impl Restore {
     /// Everything but the start.
     async fn prepare(&mut self) -> Result<()> {
         let images = self.place.folder(paths::CHECKPOINT_IMAGES)?;
-        self.unpack(&images).await?;
+        self.origin.images(self.store.containerd(), &images).await?;
         let record = DumpRecord::read(&images).context("read the record of the dump")?;
         self.addresses(record.as_ref())?;
         self.place.plan(&self.plan())?;
+        let base = self.origin.base(self.store.containerd(), &self.options.containerd).await?;
         let (mut container, stdio) = match &self.there {
             Some((record, stdio)) => (record.clone(), reachable(stdio)),
-            None => (self.record_of_image().await?, Stdio::default()),
+            None => (self.record_of_checkpoint(&base).await?, self.logs(&images)?),
         };
         self.trust(&container.spec_json()?, &images, record.as_ref())?;
-        let (target, chain) = self.image(&mut container).await?;
+        let (target, chain) = self.image(base, &mut container).await?;
         log::debug!("{} is based on {}", self.id, target.digest);
         let store = &self.store;
         container.snapshot_key = self.plan().own;
         let (snapshotter, key) = (&container.snapshotter, &container.snapshot_key);
-        let layer = self.checkpoint.index.part(format::LAYER);
-        let kind = match (layer, &self.summary) {
+        let layer = self.origin.layer(store).await?;
+        let kind = match (&layer, &self.summary) {
             (None, Some(_)) => SnapshotKind::View,
             _ => SnapshotKind::Active,
         };
         let mounts = store.prepare_snapshot(snapshotter, key, &chain, kind).await?;
-        if let Some(layer) = layer {
+        if let Some(layer) = &layer {
             store.apply(layer, mounts.iter().cloned().map(Into::into).collect()).await?;
         }
         match &self.there {
@@ -196,23 +194,6 @@ impl Restore {
         }
     }
 
-    /// CRIU's images, from the content store into a folder.
-    async fn unpack(&self, folder: &Path) -> Result<()> {
-        let blob = self.checkpoint.index.part(format::IMAGES).context("no images of CRIU")?;
-        let mut reader = self.store.containerd().read_blob(&blob.digest, 0).await?;
-        let (to, from) = stream::reader();
-        let folder = folder.to_owned();
-        let unpack = tokio::task::spawn_blocking(move || archive::unpack(from, &folder));
-        while let Some(chunk) = reader.chunk().await? {
-            // It has ended and says why.
-            if to.send(chunk).await.is_err() {
-                break;
-            }
-        }
-        drop(to);
-        unpack.await?.context("unpack the checkpoint")
-    }
-
     /// Connections can only come back on an address that is here.
     fn addresses(&self, record: Option<&DumpRecord>) -> Result<()> {
         let locked = record.and_then(|record| record.options.locked.as_ref());
@@ -236,12 +217,11 @@ impl Restore {
         spec.is_some_and(|spec| spec::given_network(&spec).is_some())
     }
 
-    /// A container as the image has it.
-    async fn record_of_image(&self) -> Result<ContainerRecord> {
-        let index = &self.checkpoint.index;
+    /// A container as the checkpoint has it.
+    async fn record_of_checkpoint(&self, base: &Base) -> Result<ContainerRecord> {
         let containerd = self.store.containerd();
-        let any = self.checkpoint.any(containerd, format::SPEC).await?;
-        let any = any.with_context(|| {
+        let spec = self.origin.spec(containerd).await?;
+        let spec = spec.with_context(|| {
             format!(
                 "there is no container {} here and {} has no spec: give --id of a container that is here",
                 self.id, self.options.name
@@ -249,38 +229,64 @@ impl Restore {
         })?;
         let mut record = ContainerRecord {
             id: self.id.clone(),
-            image: index.image_name().unwrap_or_default().to_owned(),
-            // What the image says of its runtime and that one's options names programs of this host.
+            image: base.name.clone(),
+            // What the checkpoint says of its runtime and that one's options names programs of this host.
             runtime: RUNTIME.to_owned(),
-            spec: TypedBytes { type_url: any.type_url, value: any.value },
+            spec,
             snapshotter: "overlayfs".to_owned(),
             ..Default::default()
         };
-        if let Some(snapshotter) = index.annotations.get(format::SNAPSHOTTER)
+        if let Some(snapshotter) = self.origin.snapshotter()
             && containerd.snapshotters().await?.contains(snapshotter)
         {
             record.snapshotter.clone_from(snapshotter);
         }
         let mut spec = spec::canonical(&record.spec.value)?;
         spec::check(&spec, &self.options.allowed)?;
+        if let Some(path) = spec::given_network(&spec) {
+            ensure!(
+                Path::new(path).exists(),
+                "the container's network namespace {path} is not here: make it, with the container's \
+                 addresses"
+            );
+        }
         spec::localize(&mut spec, &self.options.containerd.namespace, &self.id);
         record.set_spec_json(&spec);
         Ok(record)
     }
 
+    /// Streams of a container whose own led to somebody elsewhere: into files. The host's `/dev/null`, which it
+    /// would get otherwise, could not be dumped again.
+    fn logs(&self, images: &Path) -> Result<Stdio> {
+        let bytes = std::fs::read(images.join("descriptors.json"));
+        let bytes = bytes.context("read what its streams were (descriptors.json)")?;
+        let were: Vec<String> =
+            serde_json::from_slice(&bytes).context("decode descriptors.json")?;
+        let namespace = &self.options.containerd.namespace;
+        let file = |number: usize, name| match were.get(number) {
+            Some(was) if was.starts_with("pipe:") => log_file(namespace, &self.id, name),
+            _ => String::new(),
+        };
+        let (stdout, stderr) = (file(1, "stdout"), file(2, "stderr"));
+        Ok(Stdio { stdout, stderr, ..Stdio::default() })
+    }
+
     /// Has the image of the container unpacked: what it is, and the chain id of its layers.
-    async fn image(&self, container: &mut ContainerRecord) -> Result<(Descriptor, String)> {
+    async fn image(
+        &self,
+        base: Base,
+        container: &mut ContainerRecord,
+    ) -> Result<(Descriptor, String)> {
         let containerd = self.store.containerd();
-        let named = containerd.image(&container.image).await?;
-        let parts = self.checkpoint.index.manifests.iter().map(|part| &part.blob);
-        let own = parts.clone().find(|blob| format::is_image(&blob.media_type)).cloned();
         let chain = self.summary.as_ref().map(|summary| summary.chain.as_str());
-        let target = match (own, named) {
-            (Some(own), _) => own,
-            (None, Some(named)) => named.target,
-            (None, None) => {
-                bail!("the image {:?} of the container is not here: pull it", container.image)
-            }
+        let target = match base.target {
+            Some(target) => target,
+            None => match containerd.image(&container.image).await? {
+                Some(named) => named.target,
+                None => {
+                    bail!("the image {:?} of the container is not here: pull it", container.image)
+                }
+            },
         };
         if self.there.is_none() {
             let labels = Default::default();

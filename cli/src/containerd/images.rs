@@ -60,7 +60,11 @@ impl Containerd {
         answer.doing(|| format!("delete image {name}")).found().map(drop)
     }
 
-    pub(super) async fn list_images(&self) -> Result<Vec<Image>> {
+    /// All images.
+    ///
+    /// # Errors
+    /// [`Error::Call`].
+    pub(crate) async fn list_images(&self) -> Result<Vec<Image>> {
         let request = ListImagesRequest { filters: Vec::new() };
         let answer = self.images().list(self.request(request, QUICK)).await;
         let images = answer.doing(|| "list images".into())?.into_inner().images;

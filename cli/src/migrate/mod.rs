@@ -18,7 +18,7 @@ pub(crate) mod guard;
 mod images;
 mod interrupt;
 pub(crate) mod memory;
-mod pause;
+pub(crate) mod pause;
 
 mod plan;
 mod report;

@@ -339,12 +339,17 @@ async fn dump(
     }
 }
 
+/// Where the output of a container goes whose reader has stayed elsewhere, as the Task API has it.
+pub(crate) fn log_file(namespace: &str, id: &str, name: &str) -> String {
+    format!("file:///var/log/ferry/{namespace}/{id}/{name}.log")
+}
+
 /// Stdio of the task on the destination: a FIFO's reader stays behind, so a file takes its place.
 fn stdio_there(source: &Source, namespace: &str, id: &str) -> Stdio {
     let there = |given: &String, name: &str| match given.as_str() {
         "" => String::new(),
         uri if uri.starts_with("file://") => uri.to_owned(),
-        _ => format!("file:///var/log/ferry/{namespace}/{id}/{name}.log"),
+        _ => log_file(namespace, id, name),
     };
     let [_, stdout, stderr] = &source.stdio;
     Stdio {

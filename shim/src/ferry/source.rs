@@ -338,6 +338,11 @@ impl Move {
                 let (silent, incomplete) = dump.dump_to_keep(request.exit).await?;
                 source.silent = silent;
                 freeze(source).await.context("freeze again")?;
+                if request.exit {
+                    // No pause has to be short, and with CRIU's end its statistics are there. It leaves the
+                    // cgroup frozen.
+                    source.end_dump().await;
+                }
                 incomplete
             }
             None => {
