@@ -18,7 +18,7 @@ use tokio::time::timeout;
 const STARTUP: Duration = Duration::from_secs(10);
 
 impl Container {
-    /// A socket at which the container's memory can be had, see [`serve`](ferry_oci::pages::serve). Who
+    /// A socket at which the container's memory can be had, see [`serve`]. Who
     /// serves it ends with its one connection, or with this shim.
     pub(crate) async fn open_pages(&self) -> Result<PathBuf> {
         let _op = self.op.read().await;
