@@ -60,6 +60,15 @@ pub struct Freezer {
     cgroup: PathBuf,
 }
 
+/// What keeps tasks from being dumped.
+#[derive(Default)]
+struct Waits {
+    /// One waits inside vfork(2).
+    in_vfork: bool,
+    /// A thread that is stopped by a signal.
+    stopped: Option<u32>,
+}
+
 impl Freezer {
     /// The freezer that holds process `pid`.
     ///
@@ -103,15 +112,23 @@ impl Freezer {
     /// # Errors
     /// After `limit` without success; the container is thawed again then.
     pub fn freeze(&self, limit: Duration) -> Result<Duration, FreezerError> {
+        self.freeze_and_look(limit).map(|(took, _)| took)
+    }
+
+    /// Every thread is looked at once: it is in the pause.
+    fn freeze_and_look(&self, limit: Duration) -> Result<(Duration, Waits), FreezerError> {
         let start = Instant::now();
         loop {
             let begin = Instant::now();
             let frozen = self.set(true, limit);
             let took = begin.elapsed();
             match frozen {
-                // Beyond the limit the dump is left to find out.
-                Ok(()) if !self.has_vfork() || start.elapsed() > limit => return Ok(took),
                 Ok(()) => {
+                    let waits = self.waits();
+                    // Beyond the limit the dump is left to find out.
+                    if !waits.in_vfork || start.elapsed() > limit {
+                        return Ok((took, waits));
+                    }
                     self.set(false, limit)?;
                     std::thread::sleep(BETWEEN_VFORKS);
                 }
@@ -130,8 +147,8 @@ impl Freezer {
     /// # Errors
     /// See above.
     pub fn freeze_for_dump(&self, limit: Duration) -> Result<Duration, FreezerError> {
-        let took = self.freeze(limit)?;
-        let Some(thread) = self.stopped() else { return Ok(took) };
+        let (took, waits) = self.freeze_and_look(limit)?;
+        let Some(thread) = self.stopped_of(&waits) else { return Ok(took) };
         if let Err(error) = self.set(false, limit) {
             log::error!("thaw a container that cannot be dumped: {error}");
         }
@@ -142,26 +159,28 @@ impl Freezer {
     /// stopped task it waits for it to wake up, for ever if it is frozen by version 1; and whoever waits
     /// cannot be killed. Version 2 lets the tracer have it.
     pub fn stopped(&self) -> Option<u32> {
-        let stopped = || self.thread_in(is_stopped)?.parse().ok();
-        if self.kind == Kind::V1 { stopped() } else { None }
+        self.stopped_of(&self.waits())
     }
 
-    /// Whether a task waits inside vfork(2).
-    fn has_vfork(&self) -> bool {
-        self.thread_in(waits_in_vfork).is_some()
+    fn stopped_of(&self, waits: &Waits) -> Option<u32> {
+        waits.stopped.filter(|_| self.kind == Kind::V1)
     }
 
-    /// A thread whose wait channel is such a one. Frozen or not, it stays that.
-    fn thread_in(&self, fits: impl Fn(&str) -> bool) -> Option<String> {
+    /// Looks at the wait channels of all threads, which frozen or not are the same.
+    fn waits(&self) -> Waits {
         let threads = match self.kind {
             Kind::V1 => "tasks",
             Kind::V2 => "cgroup.threads",
         };
-        let threads = self.read(threads).ok()?;
-        let waits = |thread: &&str| {
-            fs::read_to_string(format!("/proc/{thread}/wchan")).is_ok_and(|at| fits(&at))
-        };
-        threads.lines().find(waits).map(str::to_owned)
+        let mut waits = Waits::default();
+        for thread in self.read(threads).unwrap_or_default().lines() {
+            let Ok(at) = fs::read_to_string(format!("/proc/{thread}/wchan")) else { continue };
+            waits.in_vfork |= waits_in_vfork(&at);
+            if waits.stopped.is_none() && is_stopped(&at) {
+                waits.stopped = thread.parse().ok();
+            }
+        }
+        waits
     }
 
     /// Lets every process of the cgroup run. Thawing what is not frozen is no error.
