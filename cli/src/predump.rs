@@ -39,6 +39,7 @@ pub(crate) async fn run(
     }
     let number = next_number(&above)?;
     let folder = above.join(number.to_string());
+    sweep(containerd);
     let done = shim.pre_dump(&folder, last.as_deref()).await;
     let done = done.with_context(|| format!("there is no pre-dump of {container}"))?;
     show(&folder, last.as_deref(), &done, json)
@@ -71,6 +72,23 @@ async fn connect(containerd: &ContainerdAddress, container: &str) -> Result<Shim
     Shim::connect(&bundle, container).await?.with_context(|| {
         format!("{container} runs with another runtime: start it with --runtime {RUNTIME}")
     })
+}
+
+/// Removes pre-dumps of containers that are gone: a host that was switched off has left them.
+fn sweep(containerd: &ContainerdAddress) {
+    for entry in std::fs::read_dir(paths::PRE_DUMPS).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let lives = splits(&name)
+            .any(|(namespace, id)| shim::bundle(&containerd.socket, namespace, id).exists());
+        if !lives && let Err(error) = std::fs::remove_dir_all(entry.path()) {
+            log::warn!("remove {}: {error}", entry.path().display());
+        }
+    }
+}
+
+/// What `NAMESPACE.CONTAINER` may stand for: both may have dots.
+fn splits(name: &str) -> impl Iterator<Item = (&str, &str)> {
+    name.match_indices('.').map(|(at, _)| (&name[..at], &name[at + 1..]))
 }
 
 /// One more than the highest that is there.
@@ -116,6 +134,13 @@ fn show(folder: &Path, parent: Option<&Path>, done: &PreDumpResponse, json: bool
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_reading_of_a_name_counts() {
+        let all: Vec<_> = splits("k8s.io.redis").collect();
+        assert_eq!(all, [("k8s", "io.redis"), ("k8s.io", "redis")]);
+        assert_eq!(splits("none").count(), 0);
+    }
 
     #[test]
     fn pre_dumps_are_numbered_and_other_names_do_not_count() {

@@ -118,8 +118,11 @@ fn what_cannot_be_pre_dumped_is_refused_and_changes_nothing() -> Result<()> {
     host.run("ctr task kill -s KILL other; sleep 1; ctr task rm other; ctr container rm other")?;
     wait_for_traces(host, &running, "after all of it")?;
 
-    // They go with the container.
+    // What a host has left that was switched off goes with the next. They go with the container.
+    let left = "/var/lib/ferry/predumps/default.long.gone";
+    host.run(&format!("mkdir -p {left}/1"))?;
     json(host, "ferry predump mem")?;
+    ensure!(!host.output(&format!("ls {left}"))?.status.success(), "{left} is still there");
     host.run("ctr task kill -s KILL mem")?;
     host.wait_until("its pre-dumps are gone", |host| {
         host.output(&format!("ls {FOLDER}")).is_ok_and(|found| !found.status.success())

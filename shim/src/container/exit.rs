@@ -44,7 +44,7 @@ impl Container {
         }
         self.drain().await;
         self.record_exit(exit);
-        self.end_pre_dumps().await;
+        self.no_more_pre_dumps().await;
     }
 
     /// Publishes the end of the task, once. The caller holds `op`.

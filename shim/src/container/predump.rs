@@ -54,6 +54,15 @@ pub(super) struct Chain {
     last: PathBuf,
     /// `None` where CRIU makes them itself.
     tracker: Option<Tracker>,
+    /// A dump has been made on top, and is still to be completed.
+    incomplete: bool,
+}
+
+impl Chain {
+    /// Whether a dump, or a further pre-dump, may build on `parent`.
+    fn ends_with(&self, parent: &Path) -> bool {
+        self.last == parent && !self.incomplete
+    }
 }
 
 /// What a dump on top of pre-dumps is started with.
@@ -102,7 +111,7 @@ impl Container {
         let chain = match parent {
             None => self.begin_chain(&mut slot).await?,
             Some(parent) => {
-                let chain = slot.take().filter(|chain| chain.last == parent);
+                let chain = slot.take_if(|chain| chain.ends_with(parent));
                 chain.ok_or_else(|| no_pre_dump(parent))?
             }
         };
@@ -121,7 +130,7 @@ impl Container {
         let probe = tokio::task::spawn_blocking(probe).await.context("ask the kernel")?;
         let last = PathBuf::new();
         if probe.soft_dirty {
-            return Ok(Chain { last, tracker: None });
+            return Ok(Chain { last, tracker: None, incomplete: false });
         }
         if !probe.write_protect {
             return Err(Error::failed_precondition(format!(
@@ -131,7 +140,7 @@ impl Container {
             )));
         }
         let tracker = Tracker::start(&self.runtime.reaper, self.snapshot().pid)?;
-        Ok(Chain { last, tracker: Some(tracker) })
+        Ok(Chain { last, tracker: Some(tracker), incomplete: false })
     }
 
     async fn next(
@@ -190,7 +199,7 @@ impl Container {
     pub(super) async fn take_pre_dumps(&self, parent: Option<&Path>) -> Result<Option<Chain>> {
         let Some(parent) = parent else { return Ok(None) };
         let mut slot = self.pre_dumps.chain.lock().await;
-        match slot.take_if(|chain| chain.last == parent) {
+        match slot.take_if(|chain| chain.ends_with(parent)) {
             Some(chain) => {
                 self.pre_dumps.set_last(None);
                 Ok(Some(chain))
@@ -235,7 +244,7 @@ impl Container {
     pub(super) async fn prepare_on_top(&self, params: &CheckpointParams) -> Result<OnTop> {
         let Some(parent) = &params.parent else { return Ok(OnTop::default()) };
         let slot = self.pre_dumps.chain.lock().await;
-        match slot.as_ref().filter(|chain| chain.last == *parent) {
+        match slot.as_ref().filter(|chain| chain.ends_with(parent)) {
             None => Err(no_pre_dump(parent)),
             Some(Chain { tracker: None, .. }) => {
                 let parent = Some(parent_path(&params.images, parent)?);
@@ -260,12 +269,12 @@ impl Container {
 
     /// Keeps what is to be completed until somebody asks for it.
     pub(super) async fn leave_incomplete(&self, chain: Chain) {
-        *self.pre_dumps.chain.lock().await = Some(chain);
+        *self.pre_dumps.chain.lock().await = Some(Chain { incomplete: true, ..chain });
     }
 
     /// Completes the images of a dump on top of pre-dumps, and makes them whole: they need these no more.
     pub(crate) async fn complete(&self, images: &Path) -> Result<()> {
-        let chain = self.pre_dumps.chain.lock().await.take();
+        let chain = self.pre_dumps.chain.lock().await.take_if(|chain| chain.incomplete);
         let chain =
             chain.ok_or_else(|| Error::failed_precondition("no dump is to be completed"))?;
         self.complete_on(chain, images, true).await
@@ -289,6 +298,16 @@ impl Container {
         // Nothing builds on them any more.
         self.end_pre_dumps().await;
         Ok(())
+    }
+
+    /// The task has ended. A dump that was made before can still be completed.
+    pub(super) async fn no_more_pre_dumps(&self) {
+        let chain = self.pre_dumps.chain.lock().await;
+        let incomplete = chain.as_ref().is_some_and(|chain| chain.incomplete);
+        drop(chain);
+        if !incomplete {
+            self.end_pre_dumps().await;
+        }
     }
 
     /// Nothing is tracked any more, and the pre-dumps that ferry keeps for this container are gone.
