@@ -6,6 +6,7 @@
 mod bed;
 mod container;
 mod cross;
+mod ferried;
 mod item;
 mod journey;
 mod spec;
