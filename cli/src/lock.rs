@@ -43,6 +43,16 @@ pub(crate) async fn take(name: &str, limit: Duration) -> Result<Lock> {
     }
 }
 
+/// Takes the lock of who changes `container`: moves it, checkpoints it or brings it back.
+///
+/// # Errors
+/// When somebody else does.
+pub(crate) async fn driver(namespace: &str, container: &str) -> Result<Lock> {
+    take(&format!("driver-{namespace}-{container}"), Duration::ZERO)
+        .await
+        .with_context(|| format!("{container} is being moved, checkpointed or restored"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

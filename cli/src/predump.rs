@@ -2,7 +2,6 @@
 //! what has changed since.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use ferry_oci::api::ferry::PreDumpResponse;
@@ -23,7 +22,7 @@ pub(crate) async fn run(
     folder: Option<&Path>,
     json: bool,
 ) -> Result<()> {
-    let _driver = driver(containerd, container).await?;
+    let _driver = lock::driver(&containerd.namespace, container).await?;
     let shim = connect(containerd, container).await?;
     let last = Some(PathBuf::from(shim.describe().await?.pre_dump));
     let last = last.filter(|last| !last.as_os_str().is_empty());
@@ -50,15 +49,8 @@ pub(crate) async fn run(
 /// # Errors
 /// When its shim cannot be asked.
 pub(crate) async fn end(containerd: &ContainerdAddress, container: &str) -> Result<()> {
-    let _driver = driver(containerd, container).await?;
+    let _driver = lock::driver(&containerd.namespace, container).await?;
     connect(containerd, container).await?.end_pre_dumps().await
-}
-
-async fn driver(containerd: &ContainerdAddress, container: &str) -> Result<lock::Lock> {
-    let name = format!("driver-{}-{container}", containerd.namespace);
-    lock::take(&name, Duration::ZERO)
-        .await
-        .with_context(|| format!("{container} is being moved or checkpointed"))
 }
 
 async fn connect(containerd: &ContainerdAddress, container: &str) -> Result<Shim> {

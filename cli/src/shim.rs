@@ -5,10 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
 use ferry_oci::api::ferry::{
-    CheckpointRequest, CheckpointResponse, CommitRequest, CompleteRequest, DescribeRequest,
-    Description, DumpResponse, FreezeRequest, FreezeResponse, MigrationRequest, PreDumpRequest,
-    PreDumpResponse, PrepareDumpRequest, PrepareDumpResponse, ReleaseResponse, RestoreRequest,
-    RestoreResponse,
+    CheckpointResponse, CommitRequest, CompleteRequest, DescribeRequest, Description, DumpResponse,
+    FreezeRequest, FreezeResponse, MigrationRequest, PreDumpRequest, PreDumpResponse,
+    PrepareDumpRequest, PrepareDumpResponse, ReleaseResponse, RestoreRequest, RestoreResponse,
 };
 use ferry_oci::api::ferry_ttrpc::FerryClient;
 use ferry_oci::fast::Fast;
@@ -140,11 +139,10 @@ impl Shim {
     /// With CRIU's first error; the container is still frozen then.
     pub(crate) async fn checkpoint(
         &self,
-        request: CheckpointRequest,
+        migration: &str,
         limit: Duration,
     ) -> Result<CheckpointResponse> {
-        let request = CheckpointRequest { id: self.id.clone(), ..request };
-        text(self.client.checkpoint(within(limit), &request).await)
+        text(self.client.checkpoint(within(limit), &self.request(migration)).await)
     }
 
     /// Completes the images of a checkpoint on top of a pre-dump.

@@ -7,6 +7,7 @@ pub mod announce;
 pub mod api;
 pub mod awake;
 pub mod breakpoints;
+pub mod called;
 pub mod cgroups;
 pub mod cpu_quota;
 pub mod criu;

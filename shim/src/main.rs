@@ -29,19 +29,21 @@ mod service;
 mod state;
 mod strays;
 
+use ferry_oci::called;
+use ferry_oci::criu::wrapper;
 use ferry_oci::pages::{predump::serve as predump, serve as pages};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     // runc has started it in CRIU's place.
-    if ferry_oci::criu::wrapper::is_called() {
-        eprintln!("{}", ferry_oci::criu::wrapper::run());
+    if called::is(wrapper::NAME) {
+        eprintln!("{}", wrapper::run());
         return ExitCode::FAILURE;
     }
     // The shim has started it, to track a container's writes.
-    let tracking = if predump::is_called() {
+    let tracking = if called::is(predump::NAME) {
         Some(predump::serve())
-    } else if pages::is_called() {
+    } else if called::is(pages::NAME) {
         Some(pages::serve())
     } else {
         None

@@ -1,6 +1,7 @@
 //! A container that counts in memory and in a file, so that one can see whether both are of one moment.
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
 use crate::Host;
 use crate::ctr::{until, wait_for_status};
@@ -52,6 +53,15 @@ pub fn end(host: &Host, id: &str) -> Result<()> {
     host.run(&format!("ctr task kill -s KILL {id}"))?;
     wait_for_status(host, id, "STOPPED")?;
     host.run(&format!("ctr task rm {id}; ctr container rm {id}")).map(drop)
+}
+
+/// What `command` prints, which is JSON.
+///
+/// # Errors
+/// When it fails, or it is none.
+pub fn json(host: &Host, command: &str) -> Result<Value> {
+    let output = host.run(command)?;
+    serde_json::from_str(&output.stdout).with_context(|| format!("{command}: {output}"))
 }
 
 /// Runs `command`, which has to refuse what it is asked; what it says.

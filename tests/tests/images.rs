@@ -7,16 +7,18 @@ use anyhow::{Context, Result, ensure};
 use ferry_tests::counter::Counter;
 use ferry_tests::ctr::{until, wait_for_status};
 use ferry_tests::scene::{FLOATING, RUNTIME, traces, wait_for_traces};
-use ferry_tests::tally::{COUNTS, counted, counts_on, end, refused};
+use ferry_tests::tally::{COUNTS, counted, counts_on, end, json, refused};
 use ferry_tests::{Host, Scene};
 use nix::sys::signal::Signal;
-use serde_json::Value;
 
 const BUSYBOX: &str = "docker.io/library/busybox:latest";
 
-fn json(host: &Host, command: &str) -> Result<Value> {
-    let output = host.run(command)?;
-    serde_json::from_str(&output.stdout).with_context(|| format!("{command}: {output}"))
+/// Starts the container that counts.
+fn start_counter(host: &Host) -> Result<()> {
+    host.run(&format!(
+        "ctr run -d --null-io --runtime {RUNTIME} {BUSYBOX} counter sh -c '{COUNTS}'"
+    ))?;
+    counts_on(host, "counter")
 }
 
 /// Bytes of blobs that have come to `host` in part.
@@ -209,10 +211,7 @@ fn what_is_refused_or_fails_changes_nothing() -> Result<()> {
 fn a_dump_or_a_restore_that_fails_leaves_everything_as_it_was() -> Result<()> {
     let scene = Scene::start()?;
     let host = scene.host("a");
-    host.run(&format!(
-        "ctr run -d --null-io --runtime {RUNTIME} {BUSYBOX} counter sh -c '{COUNTS}'"
-    ))?;
-    counts_on(host, "counter")?;
+    start_counter(host)?;
     let before = traces(host)?;
     // A CRIU that cannot.
     let (broken, mended) = (
@@ -274,10 +273,7 @@ fn images_that_ask_for_more_than_the_container_has_are_refused_and_change_nothin
     ];
     let scene = Scene::start()?;
     let host = scene.host("a");
-    host.run(&format!(
-        "ctr run -d --null-io --runtime {RUNTIME} {BUSYBOX} counter sh -c '{COUNTS}'"
-    ))?;
-    counts_on(host, "counter")?;
+    start_counter(host)?;
     host.run("ferry checkpoint counter taken")?;
     end(host, "counter")?;
     host.run("ferry restore taken")?;

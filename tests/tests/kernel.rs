@@ -32,6 +32,21 @@ fn megabytes(host: &Host, folder: &str) -> Result<u32> {
     Ok(host.run(&format!("du -sm {folder} | cut -f1"))?.stdout.trim().parse()?)
 }
 
+/// Restores what is in /tmp/images by runc alone, which has it go on; then nothing of it is left.
+fn goes_on_by_runc(host: &Host, dumped: Option<u32>) -> Result<()> {
+    host.run(
+        "runc --root /run/again restore --detach --image-path /tmp/images \
+         --bundle /run/containerd/io.containerd.runtime.v2.task/default/t again \
+         </dev/null >/dev/null 2>&1",
+    )?;
+    host.wait_until("it goes on after the restore", |host| count(host) > dumped)?;
+    host.run(
+        "runc --root /run/again delete --force again; ctr task rm t; ctr container rm t; \
+         rm -r /tmp/pre /tmp/images",
+    )
+    .map(drop)
+}
+
 #[test]
 fn a_dump_on_top_of_a_pre_dump_of_criu_holds_what_was_written_since_and_is_restored() -> Result<()>
 {
@@ -56,16 +71,7 @@ fn a_dump_on_top_of_a_pre_dump_of_criu_holds_what_was_written_since_and_is_resto
         ensure!(first >= 32 && second < 16, "{runtime}: {first} MB, then {second} MB");
 
         let dumped = count(host);
-        host.run(
-            "runc --root /run/again restore --detach --image-path /tmp/images \
-             --bundle /run/containerd/io.containerd.runtime.v2.task/default/t again \
-             </dev/null >/dev/null 2>&1",
-        )?;
-        host.wait_until("it goes on after the restore", |host| count(host) > dumped)?;
-        host.run(
-            "runc --root /run/again delete --force again; ctr task rm t; ctr container rm t; \
-             rm -r /tmp/pre /tmp/images",
-        )?;
+        goes_on_by_runc(host, dumped)?;
     }
     Ok(())
 }
@@ -122,15 +128,5 @@ fn a_dump_through_the_task_api_builds_on_a_pre_dump_of_ferry_and_criu_restores_i
     ensure!(link("tmp/images")? == Path::new("../pre/2"));
     ensure!(link("tmp/pre/2")? == Path::new("../1"));
 
-    host.run(
-        "runc --root /run/again restore --detach --image-path /tmp/images \
-         --bundle /run/containerd/io.containerd.runtime.v2.task/default/t again \
-         </dev/null >/dev/null 2>&1",
-    )?;
-    host.wait_until("it goes on after the restore", |host| count(host) > dumped)?;
-    host.run(
-        "runc --root /run/again delete --force again; ctr task rm t; ctr container rm t; \
-         rm -r /tmp/pre /tmp/images",
-    )?;
-    Ok(())
+    goes_on_by_runc(host, dumped)
 }

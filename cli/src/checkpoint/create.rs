@@ -7,10 +7,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use ferry_oci::api::ferry::{CheckpointRequest, FreezeRequest, PrepareDumpRequest};
+use ferry_oci::api::ferry::{FreezeRequest, Keep, PrepareDumpRequest};
+use ferry_oci::criu::pages_bytes;
 use ferry_oci::fast::Fast;
 use ferry_oci::layer::Pass;
-use made::{Made, default_name, memory};
+use made::{Made, default_name};
 
 use super::export::{self, Export};
 use super::files::Files;
@@ -82,10 +83,7 @@ struct Source {
 /// # Errors
 /// When there is no checkpoint; the text says what became of the container.
 pub(crate) async fn run(options: Options) -> Result<()> {
-    let name = format!("driver-{}-{}", options.containerd.namespace, options.container);
-    let _driver = lock::take(&name, Duration::ZERO)
-        .await
-        .with_context(|| format!("{} is being moved or checkpointed", options.container))?;
+    let _driver = lock::driver(&options.containerd.namespace, &options.container).await?;
     let (id, exit, json) = (new_id(), options.exit, options.json);
     let container = options.container.clone();
     let name = match (&options.name, &options.export) {
@@ -200,25 +198,21 @@ impl Source {
         );
         self.files.look(Pass::Live, &looks).await?;
         let limit_s = u32::try_from(self.limit.as_secs()).unwrap_or(u32::MAX);
-        let request = self.request(&images)?;
+        let fast: Vec<_> = FAST.iter().map(|fast| fast.name().to_owned()).collect();
         let prepare = PrepareDumpRequest {
             migration: self.id.clone(),
             limit_s,
-            fast: FAST.iter().map(|fast| fast.name().to_owned()).collect(),
-            keep: Some(request.clone()).into(),
+            fast: fast.clone(),
+            keep: Some(self.wanted(&images)?).into(),
             ..Default::default()
         };
         self.shim.prepare_dump(prepare).await?;
-        self.frozen_at = Some(Instant::now());
         let start = Instant::now();
-        let freeze = FreezeRequest {
-            migration: self.id.clone(),
-            limit_s,
-            fast: FAST.iter().map(|fast| fast.name().to_owned()).collect(),
-            ..Default::default()
-        };
+        self.frozen_at = Some(start);
+        let migration = self.id.clone();
+        let freeze = FreezeRequest { migration, limit_s, fast, ..Default::default() };
         self.shim.freeze(freeze).await?;
-        let dumped = self.shim.checkpoint(request, self.limit).await?;
+        let dumped = self.shim.checkpoint(&self.id, self.limit).await?;
         let dump_us = dumped.dump_us;
         self.files.look(Pass::Frozen, &looks).await?;
         let mut layer = None;
@@ -234,7 +228,7 @@ impl Source {
         if dumped.incomplete {
             self.shim.complete(&images).await.context("put it together with its pre-dumps")?;
         }
-        statistics.memory_bytes = memory(&images).context("look at the images")?;
+        statistics.memory_bytes = pages_bytes(&images).context("look at the images")?;
         if layer.is_none() {
             layer = self.layer(&looks).await?;
         }
@@ -271,11 +265,9 @@ impl Source {
         Ok(())
     }
 
-    fn request(&self, images: &Path) -> Result<CheckpointRequest> {
+    fn wanted(&self, images: &Path) -> Result<Keep> {
         let work = self.place.folder("work")?;
-        Ok(CheckpointRequest {
-            id: self.options.container.clone(),
-            migration: self.id.clone(),
+        Ok(Keep {
             images_path: images.display().to_string(),
             work_path: work.display().to_string(),
             file_locks: true,

@@ -6,7 +6,6 @@
 
 use std::net::IpAddr;
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use ferry_oci::announce::Announcement;
@@ -87,10 +86,7 @@ pub(crate) async fn run(options: Options) -> Result<()> {
         format!("{} does not say which container it is of: give --id", options.name)
     })?;
     ensure!(paths::is_container_id(&id), "{id:?} is no id of a container: give --id");
-    let name = format!("driver-{}-{id}", at.namespace);
-    let _driver = lock::take(&name, Duration::ZERO)
-        .await
-        .with_context(|| format!("{id} is being moved or restored"))?;
+    let _driver = lock::driver(&at.namespace, &id).await?;
     let there = there(&containerd, &id).await?;
     let store = containerd.destination(&work)?;
     store.create_lease().await?;

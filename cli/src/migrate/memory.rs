@@ -17,14 +17,13 @@ use ferry_oci::cgroups;
 use ferry_oci::cpu_quota::CpuQuota;
 use ferry_oci::criu::{HiddenRange, HiddenTask, HideError, Hiding, Orders, StoredSmaps};
 use ferry_oci::pages::areas::Layout;
+use ferry_oci::pages::copier::Copier;
 use ferry_oci::pages::patch::Known;
 use ferry_oci::pages::rounds::{
     Diverging, LastRounds, LinkRate, OnDiverge, Policy, Round, Rounds, Throttle, Verdict,
 };
 use ferry_oci::pages::scan::{self, Pagemap};
-use ferry_oci::pages::stream::{
-    Change, Compression, HashReader, Options, Processes, RoundStats, Sender,
-};
+use ferry_oci::pages::stream::{Compression, HashReader, Options, RoundStats};
 use ferry_oci::pages::tracker::{Kind, ProcessLayout, Tracker};
 
 use super::guard::Guard;
@@ -80,9 +79,7 @@ struct Fresh {
 
 /// What a round needs; moves to a blocking thread for it.
 struct Engine {
-    tracker: Tracker,
-    sender: Sender,
-    processes: Processes,
+    copier: Copier,
     /// When the last round looked.
     scanned: Option<Instant>,
 }
@@ -101,14 +98,8 @@ impl Memory {
             compression: Compression::Auto,
             ..Options::default()
         };
-        let sender = Sender::new(options);
         Ok(Self {
-            engine: Some(Engine {
-                tracker,
-                sender,
-                processes: Processes::default(),
-                scanned: None,
-            }),
+            engine: Some(Engine { copier: Copier::new(tracker, options), scanned: None }),
             wishes: wishes.clone(),
             hiding: None,
             orders: Orders::default(),
@@ -132,7 +123,7 @@ impl Memory {
         link.receive(patience, |bytes| {
             reader.push(bytes, |space, addr, hash| {
                 count += 1;
-                engine.sender.learn(space, addr, hash);
+                engine.copier.sender.learn(space, addr, hash);
             })?;
             Ok(())
         })
@@ -279,7 +270,7 @@ impl Memory {
     /// When the tracker is gone.
     pub(super) fn read_areas(&mut self) -> Result<()> {
         let engine = self.engine.as_ref().context("the tracker is gone")?;
-        let pids = engine.tracker.layouts().into_iter().map(|process| process.pid);
+        let pids = engine.copier.tracker.layouts().into_iter().map(|process| process.pid);
         // One that has ended meanwhile is left out.
         let read = |pid| {
             let layout = Layout::read(pid).ok()?;
@@ -309,7 +300,7 @@ impl Memory {
     /// When the processes cannot be looked into.
     pub(super) fn areas_unchanged(&self) -> Result<bool> {
         let engine = self.engine.as_ref().context("the tracker is gone")?;
-        Ok(self.hiding.is_none() || engine.tracker.check_areas()?.unchanged())
+        Ok(self.hiding.is_none() || engine.copier.tracker.check_areas()?.unchanged())
     }
 
     /// Gives orders from the layout as of the last round; before the freeze with copies of smaps.
@@ -320,7 +311,7 @@ impl Memory {
         let Some(hiding) = &self.hiding else { return Ok(()) };
         let engine = self.engine.as_ref().context("the tracker is gone")?;
         let mut tasks = Vec::new();
-        for process in engine.tracker.layouts() {
+        for process in engine.copier.tracker.layouts() {
             let fresh = self.fresh.get(&process.pid);
             let fresh = fresh.filter(|fresh| fresh.layout.maps == process.layout.maps);
             let smaps = fresh.map_or(&process.layout.smaps, |fresh| &fresh.layout.smaps);
@@ -344,7 +335,7 @@ impl Memory {
     /// When some were set just before the freeze where there had been none.
     pub(super) fn check_guards(&mut self) -> Result<()> {
         let engine = self.engine.as_ref().context("the tracker is gone")?;
-        for (pid, guards) in engine.tracker.guards() {
+        for (pid, guards) in engine.copier.tracker.guards() {
             let hidden = self.orders.tasks.iter().filter(|task| task.pid == pid);
             let mut blind = hidden.flat_map(|task| &task.ranges).filter(|range| !range.guards);
             if blind.any(|range| guards.iter().any(|g| g.start < range.end && range.start < g.end))
@@ -380,7 +371,7 @@ impl Memory {
         use ferry_oci::criu::Leak;
         let engine = self.engine.as_ref().context("the tracker is gone")?;
         let (mut warning, mut seen) = (None, Vec::new());
-        for process in engine.tracker.layouts() {
+        for process in engine.copier.tracker.layouts() {
             // What is hidden, or would be: the store has just that.
             let served = task(&process, None, None);
             let hidden = self.orders.tasks.iter().find(|task| task.pid == process.pid);
@@ -417,15 +408,8 @@ impl Drop for Memory {
 impl Engine {
     fn round(&mut self, frozen: bool, out: &mut (dyn std::io::Write + Send)) -> Result<RoundStats> {
         let scanned = Instant::now();
-        let round = self.tracker.round(frozen)?;
+        let stats = self.copier.round(frozen, out)?;
         self.scanned = Some(scanned);
-        let changes: Vec<_> = round.processes.iter().map(Change::from).collect();
-        let mut stats = self.sender.round(frozen, &changes, &self.processes, out)?;
-        (stats.stops, stats.stopped) = (round.stops.count, round.stops.time);
-        for (pid, range) in self.sender.vanished() {
-            self.tracker.again(*pid, std::slice::from_ref(range));
-        }
-        out.flush()?;
         Ok(stats)
     }
 }

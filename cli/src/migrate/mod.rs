@@ -156,10 +156,7 @@ struct Migration {
 /// # Errors
 /// When the container was not moved; the text says where it runs.
 pub(crate) async fn run(options: Options) -> Result<()> {
-    let name = format!("driver-{}-{}", options.containerd.namespace, options.container);
-    let _driver = lock::take(&name, Duration::ZERO)
-        .await
-        .with_context(|| format!("{} is being moved", options.container))?;
+    let _driver = lock::driver(&options.containerd.namespace, &options.container).await?;
     let interrupt = Interrupt::listen()?;
     let (container, there) = (options.container.clone(), options.to.1.host().to_owned());
     let names = Names { container, here: hostname(), there };

@@ -11,6 +11,7 @@
 //! memory. Everything here is one container on one host; the stream's bytes are carried by others.
 
 pub mod areas;
+pub mod copier;
 pub mod daemon;
 pub mod inject;
 pub mod patch;

@@ -8,15 +8,14 @@
 //! A connection that breaks off within a round has failed. It is one connection: with its end all
 //! tracking ends, and the process too, which is one of the shim's own program under the name [`NAME`].
 
-use std::ffi::OsStr;
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, BufWriter, Read};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::stream::{Change, Options, Processes, Sender};
+use super::copier::Copier;
+use super::stream::Options;
 use super::tracker::{Kind, Tracker};
 use crate::cgroups;
 
@@ -29,12 +28,6 @@ pub const FROZEN: u8 = b'f';
 
 /// How long nobody may connect, milliseconds.
 const PATIENCE: u16 = 60_000;
-
-/// Whether this process was started as it.
-pub fn is_called() -> bool {
-    let name = std::env::args_os().next();
-    name.as_deref().map(Path::new).and_then(Path::file_name) == Some(OsStr::new(NAME))
-}
 
 /// Serves one connection. Says so by a line on standard output once there can be one; ends when standard
 /// input does.
@@ -58,9 +51,8 @@ pub fn serve() -> io::Result<()> {
     rounds(tracker, &accepted?.0)
 }
 
-fn rounds(mut tracker: Tracker, mut stream: &UnixStream) -> io::Result<()> {
-    let mut sender = Sender::new(Options::default());
-    let processes = Processes::default();
+fn rounds(tracker: Tracker, mut stream: &UnixStream) -> io::Result<()> {
+    let mut copier = Copier::new(tracker, Options::default());
     let mut asked = [0];
     loop {
         until_ready(stream, PollTimeout::NONE)?;
@@ -72,14 +64,7 @@ fn rounds(mut tracker: Tracker, mut stream: &UnixStream) -> io::Result<()> {
             FROZEN => true,
             _ => return Err(io::Error::other("there are rounds of two kinds, r and f")),
         };
-        let round = tracker.round(frozen).map_err(io::Error::other)?;
-        let changes: Vec<_> = round.processes.iter().map(Change::from).collect();
-        let mut out = BufWriter::new(stream);
-        sender.round(frozen, &changes, &processes, &mut out).map_err(io::Error::other)?;
-        for (pid, range) in sender.vanished() {
-            tracker.again(*pid, std::slice::from_ref(range));
-        }
-        out.flush()?;
+        copier.round(frozen, &mut BufWriter::new(stream)).map_err(io::Error::other)?;
     }
 }
 

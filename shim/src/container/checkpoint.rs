@@ -1,7 +1,7 @@
 //! Dumping a container.
 
-use super::predump::{self, Chain};
-use super::{Container, Silent};
+use super::predump::{Chain, OnTop};
+use super::{Container, Silent, silent};
 use crate::error::{Context as _, Error, Result};
 use crate::options;
 use crate::state::{Op, admit};
@@ -43,8 +43,6 @@ pub(crate) struct CheckpointParams {
     pub(crate) deadline: Duration,
     /// The pre-dump to build on: the last one.
     pub(crate) parent: Option<PathBuf>,
-    /// Leave it to [`Container::complete`] to complete images on top of a pre-dump.
-    pub(crate) complete_later: bool,
 }
 
 impl Container {
@@ -75,9 +73,8 @@ impl Container {
             options: self.dump_options(options)?,
             extra: Vec::new(),
             deadline: DEADLINE,
-            complete_later: false,
         };
-        let done = self.checkpoint(params).await.map(drop);
+        let done = self.checkpoint(params).await;
         if own_work && let Err(err) = std::fs::remove_dir_all(&work) {
             warn!("remove {}: {err}", work.display());
         }
@@ -100,10 +97,9 @@ impl Container {
     }
 
     /// Dumps the container, which runs or is frozen. If its tasks are not kept, their connections stay
-    /// silent until a restore, see [`silent`](super::silent). If it fails, the container is as it was,
-    /// CRIU's own network lock is gone, and CRIU's log is in the bundle as criu-dump.log. Whether the images
-    /// are still to be [completed](Self::complete).
-    pub(crate) async fn checkpoint(&self, mut params: CheckpointParams) -> Result<bool> {
+    /// silent until a restore, see [`silent`]. If it fails, the container is as it was,
+    /// CRIU's own network lock is gone, and CRIU's log is in the bundle as criu-dump.log.
+    pub(crate) async fn checkpoint(&self, mut params: CheckpointParams) -> Result<()> {
         let _op = self.op.write().await;
         admit(self.snapshot().status, Op::Checkpoint)?;
         self.must_be_filled().await?;
@@ -114,13 +110,14 @@ impl Container {
         }
         // Asked once and kept: not while it stands still.
         self.runtime.version().await;
+        let on_top = self.prepare_on_top(&params).await?;
         let chain = self.take_pre_dumps(params.parent.as_deref()).await?;
         let silent = match params.leave_running {
             true => self.stand_still().await?,
             false => self.fall_silent(&mut params.options).await?,
         };
         if let Some(chain) = chain {
-            return self.checkpoint_on_top(params, chain, silent).await;
+            return self.checkpoint_on_top(params, chain, &on_top, silent).await;
         }
         let mut done = Ok(());
         if !params.leave_running {
@@ -132,16 +129,12 @@ impl Container {
         }
         if let Err(err) = done {
             let err = self.dump_failed(err, &params.work).await;
-            if let Some(silent) = silent {
-                silent.speak().await;
-            }
+            silent::speak(silent).await;
             return Err(err);
         }
         // What has ended stays silent.
-        if params.leave_running
-            && let Some(silent) = silent
-        {
-            silent.speak().await;
+        if params.leave_running {
+            silent::speak(silent).await;
         }
         let criu = criu::version(&params.work.join(LOG)).ok().flatten();
         match self.write_record(&params, criu.unwrap_or_default()).await {
@@ -151,7 +144,7 @@ impl Container {
             Ok(()) => {}
         }
         self.checkpointed(&params.images);
-        Ok(false)
+        Ok(())
     }
 
     /// [`Self::checkpoint`] on top of pre-dumps: tasks that are to end do so when the images are complete.
@@ -159,42 +152,40 @@ impl Container {
         &self,
         params: CheckpointParams,
         chain: Chain,
+        on_top: &OnTop,
         mut silent: Option<Silent>,
-    ) -> Result<bool> {
+    ) -> Result<()> {
         if silent.is_none() {
             silent = self.stand_still().await?;
         }
         let exit = !params.leave_running;
         let params = CheckpointParams { leave_running: true, ..params };
-        let left = match self.dump_on_top(&params, chain).await {
+        let left = match self.dump_on_top(&params, chain, on_top).await {
             Ok(left) => left,
             Err(err) => {
                 let err = self.dump_failed(err, &params.work).await;
-                predump::speak(silent).await;
+                silent::speak(silent).await;
                 self.end_pre_dumps().await;
                 return Err(err);
             }
         };
         if !exit {
-            predump::speak(silent.take()).await;
+            silent::speak(silent.take()).await;
         }
-        let incomplete = left.is_some() && params.complete_later;
         let done = async {
             let criu = criu::version(&params.work.join(LOG)).ok().flatten();
             self.write_record(&params, criu.unwrap_or_default()).await?;
-            match left {
-                Some(chain) if incomplete => self.leave_incomplete(chain).await,
-                Some(chain) => self.complete_on(chain, &params.images, false).await?,
-                None => {}
+            if let Some(chain) = left {
+                self.complete_on(chain, &params.images, false).await?;
             }
             if exit { self.end_frozen().await } else { Ok(()) }
         };
         if let Err(err) = done.await {
-            predump::speak(silent).await;
+            silent::speak(silent).await;
             return Err(err);
         }
         self.checkpointed(&params.images);
-        Ok(incomplete)
+        Ok(())
     }
 
     /// Refuses a dump while pages are still on their way here: it would take them for zeros.

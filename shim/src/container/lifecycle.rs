@@ -84,13 +84,7 @@ impl Container {
 
     /// Kills every process, whatever the state and whoever has reserved the container. For
     /// shim/src/ferry; the exit is published as always.
-    pub(crate) async fn kill_all(&self) -> Result<()> {
-        let _op = self.op.read().await;
-        self.kill_frozen().await
-    }
-
-    /// [`Container::kill_all`] for who holds `op`.
-    pub(super) async fn kill_frozen(&self) -> Result<()> {
+    pub(super) async fn kill_all(&self) -> Result<()> {
         admit(self.snapshot().status, Op::Kill)?;
         let kill = Kill { id: &self.id, signal: SIGKILL, all: true };
         match self.runtime.call(&kill).await {

@@ -14,6 +14,7 @@ mod exit;
 mod lifecycle;
 mod network;
 mod pages;
+mod part;
 mod predump;
 mod prepared;
 mod relay;

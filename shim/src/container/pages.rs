@@ -1,17 +1,17 @@
 //! The stream of a container's memory, at a socket of its own.
 
 use super::Container;
-use crate::error::{Context as _, Error, Result};
+use super::part::{Part, tracks_writes};
+use super::silent::blocking;
+use crate::error::{Error, Result};
 use crate::state::{Op, admit};
 use ferry_oci::pages::serve;
+use ferry_oci::pages::tracker::probe;
 use ferry_oci::paths;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::io::AsyncReadExt;
-use tokio::net::unix::pipe;
 use tokio::time::timeout;
 
 /// How long the process that serves it may take to be ready.
@@ -34,33 +34,22 @@ impl Container {
         let socket =
             Path::new(paths::SOCKETS).join(format!("{}-pages-{count}.sock", std::process::id()));
         let _ = std::fs::remove_file(&socket);
-        let (stdin, alive) = pipe_pair()?;
-        let (ready, stdout) = pipe_pair()?;
-        // By the process, which is there even when the file has been replaced.
-        let mut command = Command::new(format!("/proc/{}/exe", std::process::id()));
-        command.arg0(serve::NAME).arg(snapshot.pid.to_string()).arg(&socket);
-        command.stdin(stdin).stdout(stdout).stderr(Stdio::null());
-        let mut child = self.runtime.reaper.spawn(command)?;
-        let mut ready = pipe::Receiver::from_owned_fd(ready).context("make a pipe")?;
+        tracks_writes(&blocking(probe).await?)?;
+        let args = [snapshot.pid.to_string(), socket.display().to_string()];
+        let Part { mut child, input, mut output } =
+            Part::start(&self.runtime.reaper, serve::NAME, &args)?;
         let mut line = [0; 6];
-        match timeout(STARTUP, ready.read_exact(&mut line)).await {
+        match timeout(STARTUP, output.read_exact(&mut line)).await {
             Ok(Ok(_)) => {}
-            _ => {
-                let text =
-                    "the kernel cannot tell which memory was written: it takes Linux 6.7 or newer";
-                return Err(Error::failed_precondition(text));
-            }
+            _ => return Err(Error::internal("the process that serves pages has not started")),
         }
         let left = socket.clone();
         tokio::spawn(async move {
             child.wait().await;
-            drop(alive);
+            // It would end with this.
+            drop(input);
             let _ = std::fs::remove_file(left);
         });
         Ok(socket)
     }
-}
-
-fn pipe_pair() -> Result<(std::os::fd::OwnedFd, std::os::fd::OwnedFd)> {
-    nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).context("make a pipe")
 }

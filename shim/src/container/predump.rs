@@ -8,8 +8,10 @@
 //! own program tracks the container from the first to the dump; it ends with the chain. Either way
 //! `criu restore` takes the dump as any other.
 
+use super::Container;
 use super::checkpoint::{CheckpointParams, utf8};
-use super::{Container, Silent};
+use super::part::{Part, tracks_writes};
+use super::silent::blocking;
 use crate::error::{Context as _, Error, Result};
 use crate::reaper::{Child, Reaper};
 use crate::state::{Op, Status};
@@ -20,12 +22,10 @@ use ferry_oci::freezer::Freezer;
 use ferry_oci::pages::predump::Report;
 use ferry_oci::pages::predump::serve::{self, Answer, Order};
 use ferry_oci::pages::tracker::probe;
+use ferry_oci::paths;
 use ferry_oci::runc::Checkpoint;
-use ferry_oci::{paths, sockets};
 use log::warn;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -35,10 +35,6 @@ use tokio::time::timeout;
 
 /// How long a pre-dump may take: it writes all memory to a disk.
 const DEADLINE: Duration = Duration::from_secs(600);
-/// How long the freezer may take.
-const FREEZER: Duration = Duration::from_secs(10);
-/// How long killed tasks may take to end.
-const EXIT: Duration = Duration::from_secs(30);
 /// Folder in the bundle with the orders for CRIU.
 const HIDE: &str = "predump-hide";
 
@@ -127,20 +123,15 @@ impl Container {
     /// A chain without a pre-dump. Whatever there was before ends.
     async fn begin_chain(&self, slot: &mut Option<Chain>) -> Result<Chain> {
         *slot = None;
-        let probe = tokio::task::spawn_blocking(probe).await.context("ask the kernel")?;
-        let last = PathBuf::new();
-        if probe.soft_dirty {
-            return Ok(Chain { last, tracker: None, incomplete: false });
-        }
-        if !probe.write_protect {
-            return Err(Error::failed_precondition(format!(
-                "this kernel cannot tell which memory was written: use one with CONFIG_MEM_SOFT_DIRTY \
-                 ({}), or Linux 6.7 and newer ({})",
-                probe.soft_dirty_why, probe.write_protect_why
-            )));
-        }
-        let tracker = Tracker::start(&self.runtime.reaper, self.snapshot().pid)?;
-        Ok(Chain { last, tracker: Some(tracker), incomplete: false })
+        let probe = blocking(probe).await?;
+        let tracker = match probe.soft_dirty {
+            true => None,
+            false => {
+                tracks_writes(&probe)?;
+                Some(Tracker::start(&self.runtime.reaper, self.snapshot().pid)?)
+            }
+        };
+        Ok(Chain { last: PathBuf::new(), tracker, incomplete: false })
     }
 
     async fn next(
@@ -213,28 +204,27 @@ impl Container {
         &self,
         params: &CheckpointParams,
         mut chain: Chain,
+        on_top: &OnTop,
     ) -> Result<Option<Chain>> {
-        if chain.tracker.is_none() {
-            let parent = parent_path(&params.images, &chain.last)?;
-            self.dump(params, &[], Some(&parent)).await?;
-            return Ok(Some(chain));
-        }
-        let (library, hide) = self.prepare_hiding()?;
         let left = self.leave_out(&mut chain, &params.images).await;
-        let env = [("LD_PRELOAD", library), (HIDE_ENV, hide)];
-        let env = if left { env.as_slice() } else { &[] };
-        let done = self.dump(params, env, None).await;
+        let hiding = on_top.hiding.clone().into_iter();
+        let env: Vec<_> = hiding
+            .flat_map(|(library, hide)| [("LD_PRELOAD", library), (HIDE_ENV, hide)])
+            .collect();
+        let done = self.dump(params, &env, on_top.parent.as_deref()).await;
         self.remove_hiding();
         done.map(|()| left.then_some(chain))
     }
 
-    /// In the freeze: has CRIU leave out what is in `chain` or is read now; whether it will.
+    /// In the freeze: has CRIU leave out what is in `chain` or is read now; whether it will. If not, there
+    /// are no orders either: all memory is dumped.
     pub(super) async fn leave_out(&self, chain: &mut Chain, images: &Path) -> bool {
         let Some(tracker) = &mut chain.tracker else { return true };
         let hide = self.bundle.join(HIDE);
         let asked = tracker.ask(&Order::Frozen { images: images.to_owned(), hide }).await;
         if let Err(err) = &asked {
             warn!("all memory of {} is dumped: {err}", self.id);
+            self.remove_hiding();
         }
         asked.is_ok()
     }
@@ -322,36 +312,12 @@ impl Container {
             warn!("remove the pre-dumps of {}: {err}", self.id);
         }
     }
-
-    /// Ends the frozen tasks of a dump that CRIU was not to end, without a packet to their peers. Holds
-    /// `op`, and so does not wait for their exit.
-    pub(super) async fn end_frozen(&self) -> Result<()> {
-        let freezer = Freezer::of(self.snapshot().pid).context("find the freezer")?;
-        let pids = self.pids().await?;
-        let silenced = blocking(move || sockets::silence(&pids)).await?;
-        let silenced = silenced.context("silence the connections")?;
-        self.kill_frozen().await?;
-        blocking(move || freezer.thaw(FREEZER)).await?.context("let killed tasks end")?;
-        let mut exited = self.exited.subscribe();
-        tokio::spawn(async move {
-            let _ = timeout(EXIT, exited.wait_for(Option::is_some)).await;
-            silenced.leave();
-        });
-        Ok(())
-    }
 }
 
 /// The path to the pre-dump `last` from the folder of images, for runc.
 fn parent_path(images: &Path, last: &Path) -> Result<String> {
     let path = path_between(images, last).context("find the pre-dump before")?;
     Ok(utf8(&path)?.to_owned())
-}
-
-/// Undoes what a dump has frozen, if it has.
-pub(super) async fn speak(silent: Option<Silent>) {
-    if let Some(silent) = silent {
-        silent.speak().await;
-    }
 }
 
 fn no_pre_dump(parent: &Path) -> Error {
@@ -371,17 +337,8 @@ struct Tracker {
 
 impl Tracker {
     fn start(reaper: &Arc<Reaper>, init: u32) -> Result<Self> {
-        let pipe = || nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).context("make a pipe");
-        let (stdin, orders) = pipe()?;
-        let (answers, stdout) = pipe()?;
-        // By the process, which is there even when the file has been replaced.
-        let mut command = Command::new(format!("/proc/{}/exe", std::process::id()));
-        command.arg0(serve::NAME).arg(init.to_string());
-        command.stdin(stdin).stdout(stdout).stderr(Stdio::null());
-        let child = reaper.spawn(command)?;
-        let orders = pipe::Sender::from_owned_fd(orders).context("make a pipe")?;
-        let answers = pipe::Receiver::from_owned_fd(answers).context("make a pipe")?;
-        Ok(Self { _child: child, orders, answers: BufReader::new(answers) })
+        let Part { child, input, output } = Part::start(reaper, serve::NAME, &[init.to_string()])?;
+        Ok(Self { _child: child, orders: input, answers: BufReader::new(output) })
     }
 
     /// Has it do something. It is never killed: it may be at work in a process of the container.
@@ -404,8 +361,4 @@ impl Tracker {
             }
         }
     }
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.context("wait for a thread")
 }

@@ -21,10 +21,9 @@ use log::warn;
 use tokio::time::{sleep, timeout};
 
 use super::checkpoint::{self, CheckpointParams, explain};
-use super::predump;
 use super::relay::{Line, Relay};
 use super::restore::{Attempt, Env, Held, Holder, RestoreParams};
-use super::{Container, Silent};
+use super::{Container, Silent, silent};
 use crate::error::{Context as _, Error, Result};
 use crate::runtime::Running;
 use crate::state::{Op, admit};
@@ -117,6 +116,7 @@ impl Container {
             Err(err) => {
                 drop((line, gate));
                 let _ = runc.wait(END).await;
+                self.remove_hiding();
                 return Err(self.dump_failed(err, &params.work).await);
             }
         };
@@ -183,9 +183,8 @@ impl PreparedDump {
         }
         let dumped = self.dump_on_pre_dumps().await;
         if dumped.is_err() {
-            predump::speak(silent.take()).await;
+            silent::speak(silent.take()).await;
         }
-        container.remove_hiding();
         Ok((silent, dumped?))
     }
 
@@ -234,6 +233,8 @@ impl PreparedDump {
         {
             warn!("runc after the dump, {:?}: {err}", start.elapsed());
         }
+        // CRIU's library has written its report there until now.
+        self.container.remove_hiding();
         if self.held {
             self.container.checkpointed(&self.params.images);
         }

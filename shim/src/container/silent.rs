@@ -17,12 +17,15 @@ use std::io::Read as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::time::timeout;
 
 /// How long connections stay silent at most. TCP itself gives up what is not acknowledged after about
 /// a quarter of an hour; a peer that has nothing to say waits for longer.
 const HOLD: Duration = Duration::from_secs(3600);
 /// How long they do at least once a restore has begun.
 const RESTORE: Duration = Duration::from_secs(900);
+/// How long killed tasks may take to end.
+const EXIT: Duration = Duration::from_secs(30);
 /// How long the freezer may take.
 const FREEZER: Duration = Duration::from_secs(10);
 
@@ -93,6 +96,27 @@ impl Container {
         let freeze = freezer.clone();
         blocking(move || freeze.freeze_for_dump(FREEZER)).await?.context("freeze the container")?;
         Ok(Some(Silent { freezer: Some(freezer), lock: None }))
+    }
+
+    /// Ends frozen tasks, which end a moment later. Their sockets are taken out of the protocol first, so that
+    /// no peer hears of it and no connection lingers that the same container could come back to. As long as
+    /// none has ended, a failure leaves them as they were, for a thaw. Whoever asks keeps others away.
+    pub(crate) async fn end_frozen(&self) -> Result<()> {
+        let freezer = Freezer::of(self.snapshot().pid).context("find the freezer")?;
+        let pids = self.pids().await?;
+        let silenced = blocking(move || sockets::silence(&pids)).await?;
+        let silenced = silenced.context("silence the connections")?;
+        self.kill_all().await?;
+        if let Err(err) = blocking(move || freezer.thaw(FREEZER)).await? {
+            warn!("thaw of killed tasks: {err}");
+        }
+        let mut exited = self.exited.subscribe();
+        tokio::spawn(async move {
+            // They end, if late.
+            let _ = timeout(EXIT, exited.wait_for(Option::is_some)).await;
+            silenced.leave();
+        });
+        Ok(())
     }
 
     async fn lock_connections(&self, netns: &Arc<Netns>) -> Result<Option<Locked>> {
@@ -192,7 +216,16 @@ fn lock(netns: &Netns, id: &str, connections: &[Connection], time: Duration) -> 
     locked.context("enter the network namespace")?.context("lock the connections")
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+/// [`Silent::speak`], if there is something to undo.
+pub(super) async fn speak(silent: Option<Silent>) {
+    if let Some(silent) = silent {
+        silent.speak().await;
+    }
+}
+
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T> {
     tokio::task::spawn_blocking(work).await.context("wait for a thread")
 }
 

@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use ferry_oci::api::ferry::{
-    CheckpointRequest, CheckpointResponse, CommitRequest, CompleteRequest, DescribeRequest,
-    Description, DumpResponse, Empty, FreezeRequest, FreezeResponse, MigrationRequest, Pages,
-    Phase, PreDumpRequest, PreDumpResponse, PrepareDumpRequest, PrepareDumpResponse,
-    ReleaseResponse, RestoreRequest, RestoreResponse,
+    CheckpointResponse, CommitRequest, CompleteRequest, DescribeRequest, Description, DumpResponse,
+    Empty, FreezeRequest, FreezeResponse, MigrationRequest, Pages, Phase, PreDumpRequest,
+    PreDumpResponse, PrepareDumpRequest, PrepareDumpResponse, ReleaseResponse, RestoreRequest,
+    RestoreResponse,
 };
 use ferry_oci::api::ferry_ttrpc::Ferry;
 use ferry_oci::paths;
@@ -155,16 +155,13 @@ impl Ferry for FerryService {
     async fn checkpoint(
         &self,
         _: &TtrpcContext,
-        request: CheckpointRequest,
+        request: MigrationRequest,
     ) -> ttrpc::Result<CheckpointResponse> {
         let (_, a_move) = self.find(&request.id, &request.migration)?;
-        for path in [&request.images_path, &request.work_path] {
-            absolute(path)?;
-        }
         finish(async move {
             let mut side = a_move.side.lock().await;
             a_move.admit(Step::Checkpoint, &request.migration)?;
-            a_move.checkpoint(&mut side, &request).await
+            a_move.checkpoint(&mut side).await
         })
         .await
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use containerd_shim::protos::shim::oci::CheckpointOptions;
 use ferry_oci::api::ferry::{
-    CheckpointRequest, CheckpointResponse, DumpResponse, FreezeRequest, FreezeResponse, Phase,
+    CheckpointResponse, DumpResponse, FreezeRequest, FreezeResponse, Keep, Phase,
     PrepareDumpRequest, PrepareDumpResponse,
 };
 use ferry_oci::criu::rpc::QUIET;
@@ -17,7 +17,7 @@ use ferry_oci::freezer::Freezer;
 use ferry_oci::quarantine::Prepared;
 use ferry_oci::record::Record;
 use ferry_oci::tmpfs::{self, Leaving, Tmpfs};
-use ferry_oci::{announce, paths, sockets};
+use ferry_oci::{announce, paths};
 use log::warn;
 
 use super::lease::Lease;
@@ -57,6 +57,8 @@ pub(super) struct AtSource {
     ready: Ready,
     /// A dump that waits, or is held at its end.
     dump: Option<PreparedDump>,
+    /// It is one to keep; whether the container ends with it.
+    keeps: Option<bool>,
     /// What that dump leaves out.
     tmpfs: Option<Leaving>,
     /// Connections of a checkpoint that is to end the container.
@@ -131,6 +133,7 @@ impl Move {
         let away = Away { addresses: &request.lock_addresses, device: &request.device };
         let mut source =
             self.begin(container, &request.migration, lease, request.limit_s, fast, &away).await?;
+        source.keeps = request.keep.as_ref().map(|keep| keep.exit);
         let params = match request.keep.as_ref() {
             Some(keep) => keep_params(&source, keep),
             None => {
@@ -212,6 +215,7 @@ impl Move {
             ready: Ready::prepare(&fast).await,
             fast,
             dump: None,
+            keeps: None,
             tmpfs: None,
             silent: None,
             committed: false,
@@ -286,6 +290,11 @@ impl Move {
     /// Dumps; the container stays frozen, whatever the outcome.
     pub(super) async fn dump(&self, side: &mut Side) -> Result<DumpResponse> {
         let source = at_source(side)?;
+        if source.keeps.is_some() {
+            return Err(Error::failed_precondition(
+                "a dump to keep was prepared: ask for Checkpoint",
+            ));
+        }
         let start = Instant::now();
         let images = source.images();
         let tmpfs = source.carried().len() as u64;
@@ -305,7 +314,7 @@ impl Move {
             }
             None => {
                 let params = dump_params(source);
-                let done = source.container.checkpoint(params).await.map(drop);
+                let done = source.container.checkpoint(params).await;
                 let _ = std::fs::remove_dir_all(source.work());
                 done?;
                 still_frozen(source)?;
@@ -326,35 +335,22 @@ impl Move {
     }
 
     /// Dumps for a checkpoint to keep; the container stays frozen, whatever the outcome.
-    pub(super) async fn checkpoint(
-        &self,
-        side: &mut Side,
-        request: &CheckpointRequest,
-    ) -> Result<CheckpointResponse> {
+    pub(super) async fn checkpoint(&self, side: &mut Side) -> Result<CheckpointResponse> {
         let source = at_source(side)?;
         let start = Instant::now();
-        let incomplete = match &mut source.dump {
-            Some(dump) => {
-                let (silent, incomplete) = dump.dump_to_keep(request.exit).await?;
-                source.silent = silent;
-                freeze(source).await.context("freeze again")?;
-                if request.exit {
-                    // No pause has to be short, and with CRIU's end its statistics are there. It leaves the
-                    // cgroup frozen.
-                    source.end_dump().await;
-                }
-                incomplete
-            }
-            None => {
-                let mut params = keep_params(source, request)?;
-                if request.exit {
-                    source.silent = source.container.fall_silent(&mut params.options).await?;
-                }
-                source.container.checkpoint(params).await?
-            }
+        let (Some(dump), Some(exit)) = (&mut source.dump, source.keeps) else {
+            return Err(Error::failed_precondition("no dump to keep was prepared"));
         };
+        let (silent, incomplete) = dump.dump_to_keep(exit).await?;
+        source.silent = silent;
+        freeze(source).await.context("freeze again")?;
+        if exit {
+            // No pause has to be short, and with CRIU's end its statistics are there. It leaves the cgroup
+            // frozen.
+            source.end_dump().await;
+        }
         still_frozen(source)?;
-        if request.exit {
+        if exit {
             self.enter(Phase::PHASE_CHECKPOINTED, &source.migration);
         }
         Ok(CheckpointResponse { dump_us: micros(start), incomplete, ..Default::default() })
@@ -465,28 +461,13 @@ impl Move {
     }
 }
 
-/// Ends frozen tasks. Their sockets are taken out of the protocol first, so that no peer hears of it and
-/// no connection lingers that the same container could come back to. As long as none has ended, a failure
-/// leaves them as they were, for a thaw.
+/// Ends frozen tasks, if they have not ended yet.
 async fn end_tasks(source: &AtSource) -> Result<()> {
     if source.container.snapshot().status == Status::Stopped {
         return Ok(());
     }
-    let pids = source.container.pids().await?;
-    let silenced = tokio::task::spawn_blocking(move || sockets::silence(&pids))
-        .await
-        .context("silence the connections")?
-        .context("silence the connections")?;
-    source.container.kill_all().await?;
-    let freezer = source.freezer.clone();
-    let thawed = tokio::task::spawn_blocking(move || freezer.thaw(FREEZER)).await;
-    let ended = source.container.wait_exited(EXIT).await;
-    // They end, if late.
-    silenced.leave();
-    if let Err(error) = &ended {
-        warn!("thaw of killed tasks: {thawed:?}; {error}");
-    }
-    ended.map(drop)
+    source.container.end_frozen().await?;
+    source.container.wait_exited(EXIT).await.map(drop)
 }
 
 /// CRIU gives the freezer back as it found it; of a container that ran on since the dump nothing may be
@@ -630,12 +611,11 @@ fn dump_params(source: &AtSource) -> CheckpointParams {
         extra: vec![format!("timeout {SEIZE_S}")],
         deadline: source.deadline.saturating_duration_since(Instant::now()),
         parent: None,
-        complete_later: false,
     }
 }
 
 /// A dump for a checkpoint to keep.
-fn keep_params(source: &AtSource, request: &CheckpointRequest) -> Result<CheckpointParams> {
+fn keep_params(source: &AtSource, request: &Keep) -> Result<CheckpointParams> {
     let wanted = CheckpointOptions {
         file_locks: request.file_locks,
         external_unix_sockets: request.external_unix_sockets,
@@ -655,7 +635,6 @@ fn keep_params(source: &AtSource, request: &CheckpointRequest) -> Result<Checkpo
         extra: Vec::new(),
         deadline: source.deadline.saturating_duration_since(Instant::now()),
         parent: Some(&request.parent_path).filter(|path| !path.is_empty()).map(PathBuf::from),
-        complete_later: true,
     })
 }
 

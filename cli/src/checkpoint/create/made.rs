@@ -1,6 +1,6 @@
 //! What a checkpoint has made, and what it is called.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Result;
 use serde::Serialize;
@@ -55,18 +55,6 @@ impl Made {
     }
 }
 
-/// Bytes of memory in the images.
-pub(super) fn memory(images: &Path) -> std::io::Result<u64> {
-    let mut bytes = 0;
-    for entry in std::fs::read_dir(images)? {
-        let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with("pages-") {
-            bytes += entry.metadata()?.len();
-        }
-    }
-    Ok(bytes)
-}
-
 /// A name that says what it is of and when it was made.
 pub(super) fn default_name(container: &str) -> String {
     let time = crate::containerd::rfc3339(std::time::SystemTime::now());
@@ -87,14 +75,5 @@ mod tests {
         let (repository, tag) = name.rsplit_once(':').unwrap();
         assert_eq!(repository, "ferry.local/checkpoint/redis-1");
         assert!(tag.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-'), "{tag}");
-    }
-
-    #[test]
-    fn memory_is_what_the_pages_are() {
-        let dir = tempfile::tempdir().unwrap();
-        for (name, size) in [("pages-1.img", 5), ("pages-shmem-2.img", 7), ("core-1.img", 9)] {
-            std::fs::write(dir.path().join(name), vec![0; size]).unwrap();
-        }
-        assert_eq!(memory(dir.path()).unwrap(), 12);
     }
 }

@@ -114,7 +114,11 @@ impl PreDumps {
     /// When its writes cannot be tracked.
     pub fn attach(init: u32) -> Result<Self, PreDumpError> {
         let tracker = Tracker::attach(Kind::WriteProtect, move || cgroups::processes(init))?;
-        Ok(Self { tracker, held: BTreeMap::new(), last: None, frozen: None })
+        Ok(Self::of(tracker))
+    }
+
+    fn of(tracker: Tracker) -> Self {
+        Self { tracker, held: BTreeMap::new(), last: None, frozen: None }
     }
 
     /// Writes what has changed since the last round into `folder`, which is made. Not while the
@@ -179,7 +183,6 @@ impl PreDumps {
         let make = fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder);
         make.map_err(PreDumpError::io(format!("make {}", folder.display())))?;
         let round = self.tracker.round(true)?;
-        self.order(hiding)?;
         let (mut report, mut frozen) = (Report::default(), BTreeMap::new());
         for parts in self.parts(&round.processes) {
             let left = read_changes(&folder, &parts)?;
@@ -189,6 +192,8 @@ impl PreDumps {
             report.in_parent += parts.in_parent.bytes();
             frozen.insert(parts.space, left);
         }
+        // Last: what CRIU leaves out has been read.
+        self.order(hiding)?;
         self.frozen = Some(frozen);
         report.took_us = micros(start.elapsed());
         Ok(report)
@@ -321,4 +326,75 @@ fn changes_of(folder: &Path, space: u32) -> PathBuf {
 
 fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::criu::Pagemap;
+    use crate::pages::tracker::probe;
+    use std::os::unix::fs::FileExt;
+    use std::process::{Child, Command, Stdio};
+
+    /// A process that does nothing any more.
+    struct Idle(Child);
+
+    impl Idle {
+        fn start() -> Self {
+            let mut cat = Command::new("cat");
+            let child = cat.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+            std::thread::sleep(Duration::from_millis(100));
+            Self(child)
+        }
+
+        fn pre_dumps(&self) -> PreDumps {
+            let pid = self.0.id() as i32;
+            PreDumps::of(Tracker::attach(Kind::WriteProtect, move || Ok(vec![pid])).unwrap())
+        }
+    }
+
+    impl Drop for Idle {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn what_was_not_read_is_not_left_out_of_the_dump() {
+        if !probe().write_protect {
+            println!(
+                "skipped: what_was_not_read_is_not_left_out_of_the_dump: {}",
+                probe().write_protect_why
+            );
+            return;
+        }
+        let (dir, idle) = (tempfile::tempdir().unwrap(), Idle::start());
+        let mut dumps = idle.pre_dumps();
+        let report = dumps.round(&dir.path().join("1")).unwrap();
+        assert!(report.bytes > 0 && report.processes == 1, "{report:?}");
+        // Every page is that of the process.
+        let space = *dumps.held.keys().next().unwrap();
+        let pagemap = Pagemap::read(&dir.path().join("1"), space).unwrap();
+        let pages = File::open(dir.path().join("1/pages-1.img")).unwrap();
+        let memory = File::open(format!("/proc/{}/mem", idle.0.id())).unwrap();
+        let mut at = 0;
+        for run in &pagemap.runs {
+            let mut both = [0, 1].map(|_| vec![0; (run.end - run.start) as usize]);
+            pages.read_exact_at(&mut both[0], at).unwrap();
+            memory.read_exact_at(&mut both[1], run.start).unwrap();
+            assert!(both[0] == both[1], "{run:?}");
+            at += run.end - run.start;
+        }
+        // The frozen round cannot write what it reads.
+        let (images, library) = (dir.path().join("images"), dir.path().join("library"));
+        fs::create_dir_all(images.join(CHANGES).join(space.to_string())).unwrap();
+        let hiding = Hiding::prepare(&dir.path().join("hide"), &library).unwrap();
+        let failed = dumps.frozen(&images, &hiding).unwrap_err();
+        assert!(failed.to_string().contains("write what has changed"), "{failed}");
+        assert_eq!(fs::read_dir(dir.path().join("hide")).unwrap().count(), 0, "there are orders");
+        fs::remove_dir_all(&images).unwrap();
+        dumps.frozen(&images, &hiding).unwrap();
+        assert_eq!(fs::read_dir(dir.path().join("hide")).unwrap().count(), 1, "no orders");
+    }
 }

@@ -5,9 +5,8 @@
 //! each line of its standard input, and answers by a line. When the input ends it ends too, and with
 //! it all tracking.
 
-use std::ffi::OsStr;
 use std::io::{self, BufRead, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -42,12 +41,6 @@ pub enum Order {
 
 /// What it answers: or why not, in words.
 pub type Answer = Result<Report, String>;
-
-/// Whether this process was started as it.
-pub fn is_called() -> bool {
-    let name = std::env::args_os().next();
-    name.as_deref().map(Path::new).and_then(Path::file_name) == Some(OsStr::new(NAME))
-}
 
 /// Does what it is told, until its standard input ends.
 ///
