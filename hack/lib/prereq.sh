@@ -55,7 +55,7 @@ check_kernel() {
     done
     grep -qw overlay /proc/filesystems || modprobe -q overlay 2>/dev/null ||
         missing "a kernel with the overlay file system (CONFIG_OVERLAY_FS)"
-    [ -e "/proc/self/task/$$/children" ] ||
+    [ -e /proc/thread-self/children ] ||
         missing "a kernel with CONFIG_PROC_CHILDREN (CRIU needs it)"
     if [ -r /proc/config.gz ] && ! grep -q '^CONFIG_NF_TABLES=[ym]' <(zcat /proc/config.gz); then
         missing "a kernel with nftables (CONFIG_NF_TABLES)"

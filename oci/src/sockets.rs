@@ -15,6 +15,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
+use rustix::fs::FileType;
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use serde::{Deserialize, Serialize};
 
@@ -159,9 +161,20 @@ fn connections(pids: &[u32]) -> io::Result<Vec<OwnedFd>> {
         let process = Pid::from_raw(pid.cast_signed())
             .ok_or_else(|| io::Error::other("process id 0 has no sockets"))?;
         let pidfd = pidfd_open(process, PidfdFlags::empty())?;
-        copies.push(pidfd_getfd(&pidfd, fd, PidfdGetfdFlags::empty())?);
+        match pidfd_getfd(&pidfd, fd, PidfdGetfdFlags::empty()) {
+            Ok(copy) if is_socket(&copy, socket.inode)? => copies.push(copy),
+            // The process runs: it has closed the connection, and may have opened something else
+            // under its number.
+            Ok(_) | Err(Errno::BADF) => {}
+            Err(e) => return Err(e.into()),
+        }
     }
     Ok(copies)
+}
+
+fn is_socket(fd: &OwnedFd, inode: u64) -> io::Result<bool> {
+    let stat = rustix::fs::fstat(fd)?;
+    Ok(FileType::from_raw_mode(stat.st_mode) == FileType::Socket && stat.st_ino == inode)
 }
 
 fn parse(protocol: Protocol, line: &str) -> Option<InetSocket> {
