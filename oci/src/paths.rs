@@ -31,6 +31,12 @@ pub fn pre_dumps(namespace: &str, id: &str) -> PathBuf {
     Path::new(PRE_DUMPS).join(format!("{namespace}.{id}"))
 }
 
+/// Folder of the FIFOs of container `id`'s terminal, where `ferry restore` has made them. They end with
+/// their task.
+pub fn terminal(namespace: &str, id: &str) -> PathBuf {
+    Path::new(RUN).join("terminals").join(format!("{namespace}.{id}"))
+}
+
 /// Folder in a container's bundle in which CRIU works while it restores a migration.
 pub const RESTORE_WORK: &str = "ferry-restore";
 

@@ -33,7 +33,8 @@ pub(crate) fn cleanup(namespace: &str, id: &str, bundle: &Path) -> u32 {
         ("unmount what CRIU has left", mounts::umount(&bundle.join("work"))),
         ("unmount its layers", mounts::umount(&bundle.join(mounts::SHIFTED))),
         ("remove what is left of its migration", remove_migration(bundle)),
-        ("remove its pre-dumps", remove_pre_dumps(namespace, id)),
+        ("remove its pre-dumps", remove(&paths::pre_dumps(namespace, id))),
+        ("remove its terminal's FIFOs", remove(&paths::terminal(namespace, id))),
         ("remove the Ferry service's socket", remove_ferry_socket(bundle)),
         ("remove the Task service's socket", remove_task_socket(bundle)),
     ];
@@ -113,10 +114,10 @@ fn remove_migration(bundle: &Path) -> Result<()> {
     }
 }
 
-fn remove_pre_dumps(namespace: &str, id: &str) -> Result<()> {
-    match std::fs::remove_dir_all(paths::pre_dumps(namespace, id)) {
+fn remove(folder: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(folder) {
         Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
-            Err(err).context("remove the pre-dumps")
+            Err(err).context(format!("remove {}", folder.display()))
         }
         _ => Ok(()),
     }

@@ -24,6 +24,7 @@ mod place;
 mod push;
 mod restore;
 mod spec;
+mod streams;
 mod trust;
 
 pub(crate) use create::{Options as CreateOptions, run as create};

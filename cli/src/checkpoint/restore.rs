@@ -19,6 +19,7 @@ use super::format::Summary;
 use super::origin::{Base, Origin};
 use super::place::{self, Place, Plan};
 use super::spec::{self, Allowed};
+use super::streams::streams;
 use super::trust;
 use crate::agent::cleanup;
 use crate::containerd::{
@@ -27,7 +28,6 @@ use crate::containerd::{
 use crate::describe::checks::RUNTIME;
 use crate::lock;
 use crate::migrate::fault;
-use crate::migrate::pause::log_file;
 use crate::network::address::{self, Cidr};
 use crate::network::queue::Held;
 use crate::wire::messages::ContainerdAddress;
@@ -127,11 +127,12 @@ impl Restore {
         self.addresses(record.as_ref())?;
         self.place.plan(&self.plan())?;
         let base = self.origin.base(self.store.containerd(), &self.options.containerd).await?;
-        let (mut container, stdio) = match &self.there {
-            Some((record, stdio)) => (record.clone(), reachable(stdio)),
-            None => (self.record_of_checkpoint(&base).await?, self.logs(&images)?),
+        let mut container = match &self.there {
+            Some((record, _)) => record.clone(),
+            None => self.record_of_checkpoint(&base).await?,
         };
-        self.trust(&container.spec_json()?, &images, record.as_ref())?;
+        let spec = container.spec_json()?;
+        self.trust(&spec, &images, record.as_ref())?;
         let (target, chain) = self.image(base, &mut container).await?;
         log::debug!("{} is based on {}", self.id, target.digest);
         let store = &self.store;
@@ -160,6 +161,10 @@ impl Restore {
         if let Some(cidr) = self.options.ip {
             self.address = Some(arrive(cidr, store.migration()).await?);
         }
+        // Those of its last task went with that.
+        let before = self.there.as_ref().map(|(_, stdio)| stdio.clone()).unwrap_or_default();
+        let namespace = &self.options.containerd.namespace;
+        let stdio = streams(namespace, &self.id, &images, &spec, &before)?;
         let options = container.runtime_options.as_ref();
         let images = images.display().to_string();
         store.create_task(&self.id, &mounts, &stdio, options, &images).await?;
@@ -249,22 +254,6 @@ impl Restore {
         spec::localize(&mut spec, &self.options.containerd.namespace, &self.id);
         record.set_spec_json(&spec);
         Ok(record)
-    }
-
-    /// Streams of a container whose own led to somebody elsewhere: into files. The host's `/dev/null`, which it
-    /// would get otherwise, could not be dumped again.
-    fn logs(&self, images: &Path) -> Result<Stdio> {
-        let bytes = std::fs::read(images.join("descriptors.json"));
-        let bytes = bytes.context("read what its streams were (descriptors.json)")?;
-        let were: Vec<String> =
-            serde_json::from_slice(&bytes).context("decode descriptors.json")?;
-        let namespace = &self.options.containerd.namespace;
-        let file = |number: usize, name| match were.get(number) {
-            Some(was) if was.starts_with("pipe:") => log_file(namespace, &self.id, name),
-            _ => String::new(),
-        };
-        let (stdout, stderr) = (file(1, "stdout"), file(2, "stderr"));
-        Ok(Stdio { stdout, stderr, ..Stdio::default() })
     }
 
     /// Has the image of the container unpacked: what it is, and the chain id of its layers.
@@ -378,18 +367,4 @@ async fn arrive(cidr: Cidr, id: &str) -> Result<Arriving> {
     address::add(cidr, &device).await?;
     let announcement = Announcement::prepare(cidr.ip, &device).context("prepare to announce")?;
     Ok(Arriving { cidr, held, announcement })
-}
-
-/// Streams of a task that has ended, as far as somebody may still be there.
-fn reachable(stdio: &Stdio) -> Stdio {
-    let there = |path: &String| match path.starts_with('/') && !Path::new(path).exists() {
-        true => String::new(),
-        false => path.clone(),
-    };
-    Stdio {
-        stdin: there(&stdio.stdin),
-        stdout: there(&stdio.stdout),
-        stderr: there(&stdio.stderr),
-        terminal: stdio.terminal,
-    }
 }

@@ -8,6 +8,7 @@ use crate::reaper::Exit;
 use crate::state::{Op, Status, admit};
 use containerd_shim::protos::events::task::{TaskDelete, TaskPaused, TaskResumed, TaskStart};
 use ferry_oci::freezer::Freezer;
+use ferry_oci::paths;
 use ferry_oci::runc::{Kill, Pause, Resume, Start};
 use log::{debug, warn};
 use std::sync::Arc;
@@ -169,6 +170,7 @@ impl Container {
         if let Some(io) = io {
             io.close().await;
         }
+        let _ = std::fs::remove_dir_all(paths::terminal(&self.namespace, &self.id));
         mounts::umount_async(self.rootfs()).await?;
         let mut snapshot = self.snapshot();
         let exit = *snapshot.exit.get_or_insert_with(|| Exit::now(0));
