@@ -6,9 +6,9 @@
 
 # Debian releases whose newest cloud kernel is taken.
 vm_kernels=${FERRY_VM_KERNELS:-bookworm trixie}
-# Files of end-to-end tests that are run, of those that there are.
-vm_tests=${FERRY_VM_TESTS:-task_api groups resources streams setup kernel}
-# Which tests of them: a pattern of the shell.
+# Files of end-to-end tests that are run, of those that there are; NAME:PATTERN for some tests of one.
+vm_tests=${FERRY_VM_TESTS:-task_api groups resources streams setup kernel survive:user_and_groups}
+# Which tests of the others: a pattern of the shell.
 vm_only=${FERRY_VM_ONLY:-*}
 # Which unit tests of oci/: those that depend on the kernel.
 vm_units=${FERRY_VM_UNITS-pages::tracker pages::scan freezer:: cgroups:: quarantine:: tmpfs::}
@@ -75,7 +75,8 @@ vm_disk() {
 vm_binaries() {
     local binary name built tests=()
     for name in $vm_tests; do
-        [ ! -e "tests/tests/$name.rs" ] || tests+=(--test "$name")
+        name=${name%%:*}
+        [ ! -e "tests/tests/$name.rs" ] && [ ! -e "tests/tests/$name" ] || tests+=(--test "$name")
     done
     [ -z "$vm_units" ] || tests+=(--lib)
     built=$(cargo test --no-run --quiet --message-format=json --workspace \
@@ -84,7 +85,7 @@ vm_binaries() {
         name=$(basename "$binary")
         name=${name%-*}
         case " $vm_tests ferry_oci " in
-        *" $name "*) objcopy --strip-debug "$binary" "$vm_work/payload/programs/deps/$name" || return ;;
+        *" $name "* | *" $name:"*) objcopy --strip-debug "$binary" "$vm_work/payload/programs/deps/$name" || return ;;
         esac
     done < <(sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' <<<"$built")
 }
@@ -93,7 +94,7 @@ vm_binaries() {
 vm_payload() {
     local payload=$vm_work/payload name
     mkdir -p "$payload/programs/deps" "$payload/modules" "$payload/root$workspace"
-    for name in ferry containerd-shim-ferry-v2 libferry_hide.so ferry-tar; do
+    for name in ferry containerd-shim-ferry-v2 libferry_hide.so ferry-tar testbed; do
         objcopy --strip-debug "$(program "$name")" "$payload/programs/$name" || return
     done
     vm_binaries || return
@@ -101,7 +102,7 @@ vm_payload() {
     git ls-files -z | xargs -0 cp --parents --no-dereference -t "$payload/root$workspace" || return
     cp tests/vm/machine.sh "$payload/machine.sh"
     # Seconds of the machine.
-    printf '%s=%q\n' workspace "$workspace" only "$vm_only" unit_tests "$vm_units" test_limit 600 unit_limit 600 \
+    printf '%s=%q\n' workspace "$workspace" tests "$vm_tests" only "$vm_only" unit_tests "$vm_units" test_limit 600 unit_limit 600 \
         >"$payload/settings"
 }
 

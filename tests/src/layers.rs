@@ -135,6 +135,14 @@ pub const CRICTL: Layer = Layer {
     ..EMPTY
 };
 
+/// A registry of images for `localhost:5000`.
+pub const REGISTRY: Layer = Layer {
+    name: "registry",
+    packages: &["docker-registry"],
+    files: &[("etc/registry.yml", include_str!("../host/registry.yml"))],
+    ..EMPTY
+};
+
 /// containerd 2 with its CRI plugin; needs [`CNI`].
 pub const CRI: Layer = Layer {
     name: "cri",
@@ -169,6 +177,7 @@ pub const ALL: &[&Layer] = &[
     &CNI,
     &NERDCTL,
     &CRICTL,
+    &REGISTRY,
     &CRI,
     &CRI_1_7,
 ];

@@ -33,6 +33,7 @@ pub mod base;
 pub mod by_hand;
 pub mod cache;
 pub mod cgroup;
+pub mod containers;
 pub mod counter;
 pub mod ctr;
 pub mod events;

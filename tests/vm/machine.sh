@@ -29,9 +29,9 @@ export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/r
 export FERRY_CACHE=/disk FERRY_TEST_FEW=yes RUST_BACKTRACE=1
 # With one alone, a test's name and how it ends stand on different lines.
 export RUST_TEST_THREADS=2
-# Where the tests were built, which tests (a pattern), which unit tests, and how long each may take
-# in seconds.
-workspace='' only='*' unit_tests='' test_limit=600 unit_limit=600
+# Where the tests were built, their files and which tests of each (a pattern), which unit tests, and how
+# long each may take in seconds.
+workspace='' tests='' only='*' unit_tests='' test_limit=600 unit_limit=600
 # shellcheck source=/dev/null
 . /payload/settings
 
@@ -59,11 +59,15 @@ for binary in /payload/programs/deps/*; do
         limited "$unit_limit" "$name" "$binary" --color never $unit_tests
         ;;
     *)
+        pattern=$only
+        for test in $tests; do
+            [ "${test%%:*}" = "$test" ] || [ "${test%%:*}" != "$name" ] || pattern=${test#*:}
+        done
         for test in $("$binary" --list --format terse | sed -n 's/: test$//p'); do
             # shellcheck disable=SC2254  # a pattern
             case $test in
             # For itself, so that it hangs or crashes alone.
-            $only) limited "$test_limit" "$test" "$binary" --color never --exact "$test" ;;
+            $pattern) limited "$test_limit" "$test" "$binary" --color never --exact "$test" ;;
             esac
         done
         ;;

@@ -6,6 +6,7 @@ use std::sync::{Mutex, OnceLock};
 
 use anyhow::{Context, Result, anyhow};
 use ferry_tests::by_hand::ByHand;
+use ferry_tests::lab::built;
 use ferry_tests::{Lab, images};
 
 /// What the containers' files lie in, on a real disk of the host.
@@ -27,7 +28,9 @@ pub(crate) fn bed() -> Result<&'static Bed> {
 
 fn start() -> Result<Bed> {
     static LAB: OnceLock<Lab> = OnceLock::new();
-    let mut holder = Command::new(env!("CARGO_BIN_EXE_testbed"))
+    // On a test machine it is not where it was built.
+    let program = built("testbed").context("testbed is not built")?;
+    let mut holder = Command::new(program)
         .args(["hold", "--hosts", "2"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

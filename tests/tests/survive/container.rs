@@ -205,7 +205,7 @@ impl Gone {
 }
 
 /// Waits until the item has written to its terminal.
-fn survived(output: &mut File) -> Result<()> {
+pub(crate) fn survived(output: &mut File) -> Result<()> {
     let (mut seen, deadline) = (Vec::new(), Instant::now() + SOON);
     let mut bytes = [0; 256];
     while !String::from_utf8_lossy(&seen).contains("survived") {

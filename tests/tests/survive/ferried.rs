@@ -1,17 +1,24 @@
 //! From one host to the other by ferry's own commands, as a user would: `ferry checkpoint --exit`,
 //! `ferry push`, `ferry restore`.
 
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use ferry_tests::Host;
+use ferry_tests::containers::edit_spec;
 use ferry_tests::ctr::wait_for_status;
+use ferry_tests::exec::Job;
 use ferry_tests::scene::RUNTIME;
 
 use crate::bed::{Bed, PLACE};
+use crate::container::survived;
 use crate::item::Item;
+use crate::spec;
 
 /// How long something may take that happens by itself.
 const SOON: Duration = Duration::from_secs(40);
@@ -19,9 +26,12 @@ const SOON: Duration = Duration::from_secs(40);
 /// A container in containerd, with an item in it.
 struct Ferried<'a> {
     host: &'a Host,
+    item: Item,
     id: String,
     /// Its first process, as the host sees it.
     pid: u32,
+    /// Who sits at its terminal.
+    client: Option<Job>,
 }
 
 /// Goes there, and back if it has more than one way to go.
@@ -37,8 +47,9 @@ pub(crate) fn by_commands(bed: &'static Bed, item: Item) -> Result<()> {
 
 impl<'a> Ferried<'a> {
     fn start(host: &'a Host, item: Item, id: &str) -> Result<Self> {
+        let terminal = if item.terminal { "--tty" } else { "" };
         host.run(&format!(
-            "mkdir -p {PLACE}/{id}/bind; ctr run -d --null-io --runtime {RUNTIME} \
+            "mkdir -p {PLACE}/{id}/bind; ctr container create {terminal} --runtime {RUNTIME} \
              --env 'SURVIVE=as it was' \
              --mount type=tmpfs,src=tmpfs,dst=/scratch,options=nosuid:nodev:size=64m:mode=1777 \
              --mount type=bind,src={PLACE}/{id}/bind,dst=/bind,options=rbind:rw \
@@ -47,7 +58,14 @@ impl<'a> Ferried<'a> {
              sh -c 'mkdir -p -m 777 /ctl /var; exec /ferry-survive {}'",
             item.name
         ))?;
-        let container = Self::running(host, id)?;
+        if item.limits {
+            edit_spec(host, id, spec::limit)?;
+        }
+        let client = match item.terminal {
+            true => Some(at_a_terminal(host, id, &format!("ctr task start {id}"))?),
+            false => host.run(&format!("ctr task start --detach --null-io {id}")).map(|_| None)?,
+        };
+        let container = Self { client, ..Self::running(host, item, id)? };
         let ready = container.hear("ready")?;
         let mut lines = ready.lines();
         ensure!(lines.next() == Some("nothing ok"), "before any checkpoint: {ready}");
@@ -56,14 +74,14 @@ impl<'a> Ferried<'a> {
         Ok(container)
     }
 
-    fn running(host: &'a Host, id: &str) -> Result<Self> {
+    fn running(host: &'a Host, item: Item, id: &str) -> Result<Self> {
         let pid = host.run(&format!("ctr task ls | awk '$1 == \"{id}\" {{print $2}}'"))?.stdout;
         let pid = pid.trim().parse().with_context(|| format!("{id} has no task"))?;
-        Ok(Self { host, id: id.to_owned(), pid })
+        Ok(Self { host, item, id: id.to_owned(), pid, client: None })
     }
 
-    fn cross<'b>(self, to: &'b Host) -> Result<Ferried<'b>> {
-        let (from, id) = (self.host, &self.id);
+    fn cross<'b>(mut self, to: &'b Host) -> Result<Ferried<'b>> {
+        let (from, id) = (self.host, &self.id.clone());
         from.run(&format!("ferry checkpoint {id} {id} --exit")).context("checkpoint")?;
         from.run(&format!("ferry push {id} --to ssh://root@{}", to.address())).context("push")?;
         // What is bound from the host is not part of it.
@@ -75,13 +93,28 @@ impl<'a> Ferried<'a> {
         for host in [from, to] {
             host.run(&format!("ferry discard {id}")).context("discard")?;
         }
-        from.run(&format!("ctr task rm {id}; ctr container rm {id}")).context("remove it")?;
-        Ferried::running(to, id)
+        // A client at its terminal may have removed the task.
+        drop(self.client.take());
+        from.run(&format!("ctr task rm {id} 2>/dev/null; ctr container rm {id}"))
+            .context("remove it")?;
+        Ferried::running(to, self.item, id)
     }
 
     fn look(&self) -> Result<()> {
+        if self.item.exec {
+            let exec = "ctr task exec --exec-id now";
+            self.host.run(&format!("{exec} {} /ferry-survive now /ctl/now", self.id))?;
+        }
         let ask = self.word("ask");
         std::fs::write(&ask, "").with_context(|| format!("ask by {}", ask.display()))?;
+        if self.item.terminal {
+            self.end_of_terminal("stdin")?.write_all(b"typed\n").context("type")?;
+            let seen = survived(&mut self.end_of_terminal("stdout")?);
+            if let Err(err) = seen.context("read from the terminal") {
+                // What it found says more.
+                bail!("{err:#}; {:?}", self.hear("answer"));
+            }
+        }
         let answer = self.hear("answer")?;
         ensure!(answer == "ok", "{answer}");
         Ok(())
@@ -92,6 +125,14 @@ impl<'a> Ferried<'a> {
         host.run(&format!("ctr task kill -s KILL {id}"))?;
         wait_for_status(host, id, "STOPPED")?;
         host.run(&format!("ctr task rm {id}; ctr container rm {id}")).map(drop)
+    }
+
+    /// What a client would open that attaches to the restored terminal.
+    fn end_of_terminal(&self, name: &str) -> Result<File> {
+        let path = format!("run/ferry/terminals/default.{}/{name}", self.id);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).custom_flags(nix::libc::O_NONBLOCK);
+        options.open(self.host.root().join(&path)).with_context(|| format!("open {path}"))
     }
 
     /// A file by which the item is spoken to, as this machine sees it.
@@ -113,4 +154,13 @@ impl<'a> Ferried<'a> {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+/// Runs `command` at a terminal, until container `id` runs. It goes with what is returned.
+fn at_a_terminal(host: &Host, id: &str, command: &str) -> Result<Job> {
+    // ctr gives the container's terminal the size of its own, at any time: that which the item sets.
+    let script = format!("stty rows 41 columns 133; exec {command}");
+    let job = host.spawn(&format!("exec script -qfec '{script}' /dev/null"))?;
+    wait_for_status(host, id, "RUNNING")?;
+    Ok(job)
 }

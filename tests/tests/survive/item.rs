@@ -34,11 +34,6 @@ impl Item {
         lost: None,
     };
 
-    /// Whether any container will do.
-    pub(crate) fn is_plain(&self) -> bool {
-        !(self.terminal || self.exec || self.limits || self.other_user)
-    }
-
     pub(crate) fn called(self, name: &'static str) -> Self {
         Self { name, ..self }
     }

@@ -5,7 +5,6 @@ use ferry_tests::{skip, table};
 
 use crate::bed::{Bed, bed};
 use crate::container::Container;
-use crate::cross::cross;
 use crate::ferried::by_commands;
 use crate::item::Item;
 
@@ -19,10 +18,7 @@ const WITH_REFERENCE: &str = "FERRY_SURVIVE_REFERENCE";
 pub(crate) fn all_ways(item: &Item) -> Result<()> {
     let bed = bed()?;
     let stayed = on_one_host(bed, *item, "same", FERRY);
-    let crossed = match item.is_plain() {
-        true => by_commands(bed, *item),
-        false => across(bed, *item),
-    };
+    let crossed = by_commands(bed, *item);
     let reference = match std::env::var_os(WITH_REFERENCE) {
         Some(_) => told(&on_one_host(bed, *item, "reference", REFERENCE)),
         None => "not tried".to_owned(),
@@ -54,17 +50,6 @@ fn on_one_host(bed: &'static Bed, item: Item, way: &str, program: &'static str) 
     let container = Container::start(&bed.a, item, &id, program)?;
     let mut container = container.checkpoint()?.restore()?;
     container.look()?;
-    container.end()
-}
-
-/// For what `ctr run` cannot be asked for: the images are carried by hand.
-fn across(bed: &'static Bed, item: Item) -> Result<()> {
-    let id = format!("{}-across", item.name);
-    let mut container = Container::start(&bed.a, item, &id, FERRY)?;
-    for hop in 0..item.hops {
-        container = cross(container, if hop % 2 == 0 { &bed.b } else { &bed.a })?;
-        container.look()?;
-    }
     container.end()
 }
 

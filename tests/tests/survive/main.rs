@@ -5,7 +5,6 @@
 
 mod bed;
 mod container;
-mod cross;
 mod ferried;
 mod item;
 mod journey;

@@ -50,15 +50,24 @@ pub(crate) fn write(hand: &ByHand<'_>, id: &str, item: Item) -> Result<()> {
         "options": ["rbind", "rw"],
     }));
     if item.limits {
+        limit(&mut spec);
+    }
+    std::fs::write(config, spec.to_string()).context("write the bundle")
+}
+
+/// Gives it limits, and has it see its group.
+pub(crate) fn limit(spec: &mut Value) {
+    if let Some(mounts) = spec["mounts"].as_array_mut() {
+        mounts.retain(|mount| mount["destination"] != "/sys/fs/cgroup");
         mounts.push(json!({
             "destination": "/sys/fs/cgroup",
             "type": "cgroup",
             "source": "cgroup",
             "options": ["nosuid", "noexec", "nodev", "relatime"],
         }));
-        spec["linux"]["resources"]["memory"] = json!({ "limit": 128 << 20 });
-        spec["linux"]["resources"]["pids"] = json!({ "limit": 77 });
-        spec["linux"]["resources"]["cpu"] = json!({ "shares": 512, "quota": 50_000 });
     }
-    std::fs::write(config, spec.to_string()).context("write the bundle")
+    let resources = &mut spec["linux"]["resources"];
+    resources["memory"] = json!({ "limit": 128 << 20 });
+    resources["pids"] = json!({ "limit": 77 });
+    resources["cpu"] = json!({ "shares": 512, "quota": 50_000 });
 }

@@ -1,107 +1,17 @@
 //! Pods through containerd's CRI plugin with crictl: the same with the runtime classes `runc`, the
 //! reference, and `ferry`.
 
-use std::fs;
+mod checkpoint;
+mod pod;
 
 use anyhow::{Context, Result};
-use ferry_tests::ctr::{BUSYBOX, assert_prints_nothing, wait_for};
-use ferry_tests::layers::{CNI, CRICTL};
-use ferry_tests::versions::{chosen, task_lab_over};
-use ferry_tests::{Host, Lab, skip};
-use serde_json::{Value, json};
+use ferry_tests::ctr::wait_for;
+use serde_json::Value;
+
+use pod::{Pod, assert_nothing_left, crictl, lab, state, wait_until_exited};
 
 const CLASSES: [&str; 2] = ["runc", "ferry"];
 const IDLE: &str = "echo ready; trap 'exit 3' TERM; while :; do usleep 50000; done";
-
-/// A host with the CRI plugin, CNI plugins, crictl and images for it; none where it cannot be made.
-fn lab() -> Result<Option<Lab>> {
-    if let Some(missing) = CRICTL.missing() {
-        skip(&missing);
-        return Ok(None);
-    }
-    let lab = task_lab_over(&[&CRICTL, chosen()?.0.cri(), &CNI])?;
-    let host = lab.host("a");
-    // ctr now and then returns from an export before all of it is in the file.
-    host.run(&format!(
-        "for try in 1 2 3; do
-             ctr image export /tmp/images docker.io/library/pause:latest {BUSYBOX} &&
-             ctr --namespace k8s.io image import /tmp/images && exit 0
-         done; exit 1"
-    ))?;
-    // It learns of images by their events.
-    wait_for(host, "crictl images", "pause")?;
-    wait_for(host, "crictl images", "busybox")?;
-    Ok(Some(lab))
-}
-
-/// Standard output of `crictl COMMAND`, which must succeed.
-fn crictl(host: &Host, command: &str) -> Result<String> {
-    Ok(host.run(&format!("crictl {command}"))?.stdout.trim_end().to_owned())
-}
-
-/// A pod that runs.
-struct Pod<'a> {
-    host: &'a Host,
-    id: String,
-}
-
-impl<'a> Pod<'a> {
-    fn run(host: &'a Host, class: &str) -> Result<Self> {
-        let config = json!({
-            "metadata": { "name": "pod", "namespace": "default", "uid": "uid", "attempt": 0 },
-            "hostname": "pod",
-            "log_directory": "/tmp/logs",
-            "linux": { "cgroup_parent": "/pods" },
-        });
-        fs::write(host.root().join("tmp/pod.json"), config.to_string()).context("write a pod")?;
-        let id = crictl(host, &format!("runp --runtime {class} /tmp/pod.json"))?;
-        Ok(Self { host, id })
-    }
-
-    /// Starts a container of the pod; its id.
-    fn start(&self, name: &str, script: &str, memory: Option<u64>) -> Result<String> {
-        let config = json!({
-            "metadata": { "name": name, "attempt": 0 },
-            "image": { "image": BUSYBOX },
-            "command": ["sh", "-c", script],
-            "log_path": format!("{name}.log"),
-            "linux": { "resources": { "memory_limit_in_bytes": memory.unwrap_or(0) } },
-        });
-        let file = self.host.root().join("tmp/container.json");
-        fs::write(file, config.to_string()).context("write a container")?;
-        let create = format!("create {} /tmp/container.json /tmp/pod.json", self.id);
-        let id = crictl(self.host, &create)?;
-        crictl(self.host, &format!("start {id}"))?;
-        Ok(id)
-    }
-
-    fn remove(self) -> Result<()> {
-        crictl(self.host, &format!("stopp {}", self.id))?;
-        crictl(self.host, &format!("rmp {}", self.id))?;
-        self.host.run("rm -r /tmp/logs").map(drop)
-    }
-}
-
-/// What the runtime says of container `id`.
-fn state(host: &Host, id: &str) -> Result<Value> {
-    let all: Value = serde_json::from_str(&crictl(host, &format!("inspect {id}"))?)?;
-    Ok(all["status"].clone())
-}
-
-fn wait_until_exited(host: &Host, id: &str) -> Result<Value> {
-    wait_for(host, &format!("crictl inspect {id}"), "CONTAINER_EXITED")?;
-    state(host, id)
-}
-
-/// Fails if a pod has left something on the host.
-fn assert_nothing_left(host: &Host) -> Result<()> {
-    assert_prints_nothing(
-        host,
-        "pgrep -a containerd-shim; ls /run/containerd/s /run/containerd/runc/k8s.io \
-         /run/containerd/io.containerd.runtime.v2.task/k8s.io /run/netns 2>/dev/null | \
-         grep -v :; grep -o '/run/containerd/[^ ]*/rootfs' /proc/mounts",
-    )
-}
 
 #[test]
 fn the_containers_of_a_pod_share_a_network_and_one_shim() -> Result<()> {
