@@ -191,7 +191,7 @@ pub fn traces(host: &Host) -> Result<Vec<String>> {
         ctr content active 2>/dev/null | awk 'NR > 1 {print "ingest", $1}'
         find /sys/fs/cgroup -type d -path '*/default/*' | sed 's/^/cgroup /'
         awk '{print "mount", $2}' /proc/mounts
-        find /run/ferry -type f ! -name epoch 2>/dev/null | sed 's/^/file /'
+        find /run/ferry '(' -type f -o -type p ')' ! -name epoch 2>/dev/null | sed 's/^/file /'
         find /var/lib/ferry -mindepth 2 2>/dev/null | sed 's/^/file /'
         find /run/ferry/images -mindepth 1 2>/dev/null | sed 's/^/image file /'
         ls /run/ferry/s 2>/dev/null | sed 's/.*/socket of a shim/'

@@ -1,11 +1,13 @@
-//! Output of a container that moves: nothing lost, nothing repeated, never blocked.
+//! Output of a container that moves: nothing lost, nothing repeated, never blocked. And the terminal of
+//! one that is restored.
 
+use std::io::Write;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::Scene;
 use ferry_tests::ctr::wait_for_status;
-use ferry_tests::scene::RUNTIME;
+use ferry_tests::scene::{RUNTIME, traces, wait_for_traces};
+use ferry_tests::{Host, Job, Scene};
 
 /// Numbers in a log, which must follow each other.
 fn numbers(text: &str) -> Vec<u64> {
@@ -98,5 +100,57 @@ fn output_to_a_log_program_goes_on_in_a_file() -> Result<()> {
     ensure!(in_order(&after), "on b: {after:?}");
     let (last, first) = (before.last().context("nothing on a")?, after[0]);
     ensure!(first == last + 1, "a ends with {last}, b begins with {first}");
+    Ok(())
+}
+
+/// How long an answer at a terminal may take.
+const SOON: Duration = Duration::from_secs(30);
+
+/// `command` at a terminal.
+fn at_a_terminal(host: &Host, command: &str) -> Result<Job> {
+    host.spawn(&format!("exec script -qefc '{command}' /dev/null"))
+}
+
+#[test]
+fn a_restored_terminal_waits_for_its_client() -> Result<()> {
+    let scene = Scene::start()?;
+    let (a, b) = (scene.host("a"), scene.host("b"));
+    let before = [traces(a)?, traces(b)?];
+    let run = format!("ctr run --tty --runtime {RUNTIME} docker.io/library/busybox:latest box sh");
+    let mut client = at_a_terminal(a, &run)?;
+    let mut typed = client.stdin().context("no input")?;
+    // What is typed is echoed, so the answers are no part of it.
+    typed.write_all(b"n=41; echo it$((1+1))is\n")?;
+    client.wait_for("it2is", SOON)?;
+    a.run("ferry checkpoint box held --exit")?;
+    client.wait(SOON)?;
+    a.run(&format!("ferry push held --to ssh://root@{}", b.address()))?;
+    // On another host, and where it was.
+    for host in [b, a] {
+        for end in ["exit 4", "killed with its shim"] {
+            host.run("ferry restore held")?;
+            let mut client = at_a_terminal(host, "ctr task attach box")?;
+            let mut typed = client.stdin().context("no input")?;
+            typed.write_all(b"tty; echo is$((n+1))here\n")?;
+            client.wait_for("is42here", SOON)?;
+            if end == "exit 4" {
+                typed.write_all(b"exit 4\n")?;
+                let ended = client.wait(SOON)?;
+                ensure!(ended.status.code() == Some(4), "{ended}");
+                ensure!(ended.stdout.contains("/dev/pts/"), "{ended}");
+            } else {
+                // Nobody is there any more who would clear up.
+                client.signal(nix::sys::signal::Signal::SIGKILL);
+                host.run("pkill -KILL containerd-shim")?;
+                host.wait_until("its task is gone", |host| {
+                    host.output("ctr task ls -q").is_ok_and(|o| o.stdout.trim().is_empty())
+                })?;
+            }
+        }
+        host.run("ctr container rm box && ferry discard held")?;
+    }
+    for (host, before) in [a, b].into_iter().zip(&before) {
+        wait_for_traces(host, before, "after all of it")?;
+    }
     Ok(())
 }
