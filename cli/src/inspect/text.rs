@@ -89,7 +89,9 @@ fn statistics(report: &Report) -> String {
     let mut all = Vec::new();
     let ms = |us: u64| format!("{}.{} ms", us / 1000, us % 1000 / 100);
     if let Some(taken) = &report.statistics {
-        all.extend(taken.frozen_us.map(|us| format!("frozen {}", ms(us))));
+        // One that has ended the container was not followed by a thaw.
+        let frozen = taken.frozen_us.filter(|us| *us > 0);
+        all.extend(frozen.map(|us| format!("frozen {}", ms(us))));
         all.extend(taken.dump_us.map(|us| format!("dumped in {}", ms(us))));
     }
     if let Some(criu) = report.contents.as_ref().and_then(|contents| contents.statistics) {
