@@ -150,6 +150,11 @@ fn a_container_goes_on_in_podman_and_comes_back() -> Result<()> {
         has_changes(a, &root(a, "counter")?)?;
         end(a, "counter")?;
     }
+    // Started anew it is as containerd had it.
+    podman(b, "container restore --import /var/tmp/there")?;
+    podman(b, "restart --time 0 counter")?;
+    let mounts = podman(b, "exec counter cat /proc/mounts")?.stdout;
+    ensure!(mounts.lines().any(|line| line.starts_with("shm /dev/shm tmpfs")), "{mounts}");
     Ok(())
 }
 

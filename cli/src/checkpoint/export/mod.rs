@@ -28,6 +28,8 @@ use super::format::Summary;
 use crate::containerd::{BlobReader, ContainerRecord};
 use crate::wire::stream;
 
+pub(super) use podman::KEPT_SHM;
+
 /// Our summary in an archive.
 pub(super) const FERRY: &str = "ferry.json";
 /// CRIU's image of open files.

@@ -7,6 +7,10 @@ use crate::checkpoint::archive;
 
 /// By it checkpointctl finds the name of a container of containerd's.
 const NAME: &str = "io.kubernetes.cri.container-name";
+/// What an export calls a container's `/dev/shm`. podman takes a mount of that very name out of what it
+/// imports, for its own, which it is told not to make; under this one the container has it when podman
+/// starts it anew.
+pub(in crate::checkpoint) const KEPT_SHM: &str = "/dev/shm/";
 /// podman's default for `/dev/shm`, bytes.
 const SHM: u64 = 65_536_000;
 /// When nothing has happened yet, as Go writes it.
@@ -61,6 +65,10 @@ pub(super) fn spec(spec: &Value, id: &str) -> Value {
             spec["annotations"] = json!({});
         }
         spec["annotations"][NAME] = json!(id);
+    }
+    let mounts = spec["mounts"].as_array_mut().into_iter().flatten();
+    for mount in mounts.filter(|mount| mount["destination"] == "/dev/shm") {
+        mount["destination"] = json!(KEPT_SHM);
     }
     spec
 }

@@ -14,6 +14,7 @@ use flate2::write::GzEncoder;
 use serde_json::{Value, json};
 
 use super::read_text;
+use crate::checkpoint::export::KEPT_SHM;
 
 const HOSTS: &str = "/etc/hosts";
 const HOSTNAME: &str = "/etc/hostname";
@@ -43,9 +44,12 @@ fn own_shm() -> Value {
 }
 
 /// Gives a spec that has no `/dev/shm` one, for processes that have one `in_memory`: podman takes it out of what it
-/// imports.
+/// imports. One that an export of ours has kept from that has its name again.
 pub(super) fn put_in(spec: &mut Value, in_memory: &[String]) {
     let Some(mounts) = spec["mounts"].as_array_mut() else { return };
+    for mount in mounts.iter_mut().filter(|mount| mount["destination"] == KEPT_SHM) {
+        mount["destination"] = json!(SHM);
+    }
     let there = mounts.iter().any(|mount| mount["destination"] == SHM);
     if !there && in_memory.iter().any(|target| target == SHM) {
         mounts.push(own_shm());

@@ -126,6 +126,10 @@ fn mounts_of_podman_are_replaced_and_others_stay() {
         mounts::put_in(&mut spec, &["/dev/shm".to_owned()]);
         assert_eq!(spec["mounts"].as_array().map(Vec::len), Some(1));
     }
+    // Ours come back under their name.
+    let mut spec = json!({"mounts": [mount("/dev/shm/", "shm")]});
+    mounts::put_in(&mut spec, &["/dev/shm".to_owned()]);
+    assert_eq!(spec["mounts"], json!([mount("/dev/shm", "shm")]));
     // A name that would add lines is not taken.
     let evil = json!({"hostname": "h\n1.2.3.4 bank"});
     assert!(!String::from_utf8_lossy(&mounts::files(&taken, &evil)[0].1).contains("bank"));
