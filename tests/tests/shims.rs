@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use ferry_cli::phase::Phase;
 use ferry_tests::Host;
-use ferry_tests::faults::{Bed, SERVED, is_served};
+use ferry_tests::faults::{Bed, is_served};
 use ferry_tests::scene::{
     FLOATING, task_state, traces, wait_for_traces, wait_for_traces_but_pages,
 };
@@ -49,10 +49,15 @@ fn a_source_whose_shim_is_killed_loses_the_container_only_if_nobody_else_has_it(
         bed.source().wait_until("the tasks have ended", |h| {
             h.output("pgrep -x redis-server").is_ok_and(|o| !o.status.success())
         })?;
-        let output = bed.go_on(job).with_context(|| when.clone())?;
-        println!("{when}: {output}");
         // Its images go with it, and before they are checked nobody may commit.
         let goes_on = phase >= Phase::Commit;
+        if !goes_on {
+            bed.source().wait_until("its images are gone", |h| {
+                h.output("ls -A /run/ferry/images").is_ok_and(|o| o.stdout.is_empty())
+            })?;
+        }
+        let output = bed.go_on(job).with_context(|| when.clone())?;
+        println!("{when}: {output}");
         ensure!(output.status.success() == goes_on, "{when}: {output}");
         if goes_on {
             bed.has_moved();
@@ -67,8 +72,8 @@ fn a_source_whose_shim_is_killed_loses_the_container_only_if_nobody_else_has_it(
         // Its clients were cut off with it.
         let _ = bed.end_client();
         bed.scene.start_redis(bed.here, 1000)?;
-        // The neighbours may look for it on the other host still.
-        is_served(&bed.scene, SERVED)?;
+        // They have been led back, or would look for it on the other host for 7 s.
+        is_served(&bed.scene, Duration::from_secs(4)).context(when)?;
         bed.new_client()?;
     }
     bed.end_client().map(drop)

@@ -30,6 +30,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use ferry_cli::phase::Phase;
+use ferry_oci::announce;
 use ferry_oci::fast::Fast;
 use ferry_oci::pages::areas::is_being_filled;
 use ferry_oci::pages::tracker::{self, Kind, Probe};
@@ -439,6 +440,9 @@ impl Migration {
             if gone && let Err(error) = source::clear(&self.id).await {
                 failure = failure.leaves(format!("{error:#}"));
             }
+            if gone && let Err(error) = self.call_back() {
+                log::warn!("announce the address here again: {error:#}");
+            }
         }
         let patience = Duration::from_secs(60);
         if failure.is_cut() || link.order(&Request::Abort, patience).await.is_err() {
@@ -456,6 +460,15 @@ impl Migration {
             }
         }
         self.tell(&failure)
+    }
+
+    /// Leads the clients here again, as the shim would have: whoever starts the container anew has them.
+    fn call_back(&self) -> Result<()> {
+        let Some(cidr) = self.options.ip else { return Ok(()) };
+        match address::device_with(cidr.ip)? {
+            Some(device) => Ok(announce::to_neighbours(cidr.ip, &device)?),
+            None => Ok(()),
+        }
     }
 
     fn tell(&self, failure: &Failure) -> anyhow::Error {
