@@ -302,7 +302,10 @@ fn an_export_that_is_killed_leaves_the_old_file_and_the_container() -> Result<()
     let same = |lines: &[String]| -> Vec<String> {
         lines.iter().filter(|line| !line.starts_with("snapshot redis")).cloned().collect()
     };
-    let (before, now) = (same(&before), same(&traces(host)?));
-    ensure!(before == now, "{before:#?} became {now:#?}");
-    Ok(())
+    // What ends with it takes a moment.
+    let gone = host.wait_until("all else is as before", |host| {
+        traces(host).is_ok_and(|now| same(&now) == same(&before))
+    });
+    let now = traces(host)?;
+    gone.with_context(|| format!("{before:#?} became {now:#?}"))
 }
