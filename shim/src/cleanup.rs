@@ -114,7 +114,11 @@ fn remove_migration(bundle: &Path) -> Result<()> {
     }
 }
 
-fn remove(folder: &Path) -> Result<()> {
+/// Removes a folder that may not be there.
+///
+/// # Errors
+/// When it stays.
+pub(crate) fn remove(folder: &Path) -> Result<()> {
     match std::fs::remove_dir_all(folder) {
         Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
             Err(err).context(format!("remove {}", folder.display()))

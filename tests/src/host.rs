@@ -174,6 +174,13 @@ impl Host {
         Job::enter(self.command(&["/bin/sh", "-c", script]), &self.title(script))
     }
 
+    /// Starts a command at a terminal of its own, of that many lines and columns.
+    pub fn spawn_at_terminal(&self, command: &str, size: (u16, u16)) -> Result<Job> {
+        let (rows, columns) = size;
+        let sized = format!("stty rows {rows} columns {columns}; exec {command}");
+        self.spawn(&format!("exec script -qefc '{sized}' /dev/null"))
+    }
+
     /// A program on the host, to be started by the caller.
     pub fn command(&self, program: &[&str]) -> Command {
         self.entry.command(program)

@@ -5,9 +5,10 @@ use std::io::Write;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use ferry_tests::Scene;
 use ferry_tests::ctr::wait_for_status;
 use ferry_tests::scene::{RUNTIME, traces, wait_for_traces};
-use ferry_tests::{Host, Job, Scene};
+use nix::sys::signal::Signal;
 
 /// Numbers in a log, which must follow each other.
 fn numbers(text: &str) -> Vec<u64> {
@@ -103,13 +104,45 @@ fn output_to_a_log_program_goes_on_in_a_file() -> Result<()> {
     Ok(())
 }
 
+/// Counts as [`COUNT`] does, and says 0 when its input ends.
+const READS_TOO: &str = "sh -c 'exec 3<&0; { cat <&3; echo 0; } & \
+                         n=0; while :; do n=$((n+1)); echo $n; usleep 2000; done'";
+
+#[test]
+fn streams_that_nobody_is_at_any_more_neither_end_nor_hold_a_container_here() -> Result<()> {
+    let scene = Scene::start()?;
+    let (a, b) = (scene.host("a"), scene.host("b"));
+    // This client's FIFOs go with it.
+    let mut client = a.spawn(&format!(
+        "exec ctr run --runtime {RUNTIME} docker.io/library/busybox:latest box {READS_TOO}"
+    ))?;
+    client.wait_for("100\n", SOON)?;
+    for name in ["one", "two"] {
+        a.run(&format!("ferry checkpoint box {name} --exit"))?;
+        a.run(&format!("ferry restore {name}"))?;
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    for (from, to) in [("a", "b"), ("b", "a")] {
+        scene.try_migrate("box", from, to, "")?.checked("ferry migrate")?;
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    a.run("ctr task kill -s KILL box")?;
+    let mut all = numbers(&client.wait(SOON)?.stdout);
+    let read = all.len();
+    for host in [a, b] {
+        let written = numbers(&host.run("cat /var/log/ferry/default/box/stdout.log")?.stdout);
+        ensure!(written.len() > 50, "on {}: {written:?}", host.name());
+        all.extend(written);
+    }
+    all.sort_unstable();
+    ensure!(read > 50 && in_order(&all) && all.first() == Some(&1), "{all:?}");
+    Ok(())
+}
+
 /// How long an answer at a terminal may take.
 const SOON: Duration = Duration::from_secs(30);
 
-/// `command` at a terminal.
-fn at_a_terminal(host: &Host, command: &str) -> Result<Job> {
-    host.spawn(&format!("exec script -qefc '{command}' /dev/null"))
-}
+const SIZE: (u16, u16) = (24, 80);
 
 #[test]
 fn a_restored_terminal_waits_for_its_client() -> Result<()> {
@@ -117,7 +150,7 @@ fn a_restored_terminal_waits_for_its_client() -> Result<()> {
     let (a, b) = (scene.host("a"), scene.host("b"));
     let before = [traces(a)?, traces(b)?];
     let run = format!("ctr run --tty --runtime {RUNTIME} docker.io/library/busybox:latest box sh");
-    let mut client = at_a_terminal(a, &run)?;
+    let mut client = a.spawn_at_terminal(&run, SIZE)?;
     let mut typed = client.stdin().context("no input")?;
     // What is typed is echoed, so the answers are no part of it.
     typed.write_all(b"n=41; echo it$((1+1))is\n")?;
@@ -129,7 +162,7 @@ fn a_restored_terminal_waits_for_its_client() -> Result<()> {
     for host in [b, a] {
         for end in ["exit 4", "killed with its shim"] {
             host.run("ferry restore held")?;
-            let mut client = at_a_terminal(host, "ctr task attach box")?;
+            let mut client = host.spawn_at_terminal("ctr task attach box", SIZE)?;
             let mut typed = client.stdin().context("no input")?;
             typed.write_all(b"tty; echo is$((n+1))here\n")?;
             client.wait_for("is42here", SOON)?;
@@ -140,7 +173,7 @@ fn a_restored_terminal_waits_for_its_client() -> Result<()> {
                 ensure!(ended.stdout.contains("/dev/pts/"), "{ended}");
             } else {
                 // Nobody is there any more who would clear up.
-                client.signal(nix::sys::signal::Signal::SIGKILL);
+                client.signal(Signal::SIGKILL);
                 host.run("pkill -KILL containerd-shim")?;
                 host.wait_until("its task is gone", |host| {
                     host.output("ctr task ls -q").is_ok_and(|o| o.stdout.trim().is_empty())

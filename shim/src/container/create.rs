@@ -82,7 +82,8 @@ async fn prepare(
     namespace: &str,
 ) -> Result<(Option<Child>, Inner)> {
     let owner = (request.options.io_uid, request.options.io_gid);
-    let setup = Setup { id: &request.id, namespace, owner, reaper: &runtime.reaper };
+    let restored = request.checkpoint.is_some();
+    let setup = Setup { id: &request.id, namespace, owner, restored, reaper: &runtime.reaper };
     let (mut io, child_io) = ProcessIo::open(&request.stdio, &setup).await?;
     let console_socket = io.console_socket();
     let mut inner = Inner {

@@ -202,7 +202,7 @@ impl Container {
         std::fs::write(&process.0, &exec.process).context("write the exec's process")?;
         let owner = (self.options.io_uid, self.options.io_gid);
         let (id, namespace, reaper) = (&exec.id, &self.namespace, &self.runtime.reaper);
-        let setup = Setup { id, namespace, owner, reaper };
+        let setup = Setup { id, namespace, owner, restored: false, reaper };
         let (mut io, child_io) = ProcessIo::open(&exec.stdio, &setup).await?;
         let console_socket = io.console_socket();
         let verb = runc::Exec {

@@ -1,6 +1,7 @@
 //! Start, kill, pause, resume and delete of a task.
 
 use super::{Container, Snapshot};
+use crate::cleanup;
 use crate::error::{Context as _, Error, Result};
 use crate::io;
 use crate::mounts;
@@ -170,7 +171,9 @@ impl Container {
         if let Some(io) = io {
             io.close().await;
         }
-        let _ = std::fs::remove_dir_all(paths::terminal(&self.namespace, &self.id));
+        if let Err(err) = cleanup::remove(&paths::terminal(&self.namespace, &self.id)) {
+            warn!("the FIFOs of a terminal stay: {err}");
+        }
         mounts::umount_async(self.rootfs()).await?;
         let mut snapshot = self.snapshot();
         let exit = *snapshot.exit.get_or_insert_with(|| Exit::now(0));

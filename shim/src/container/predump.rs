@@ -12,6 +12,7 @@ use super::Container;
 use super::checkpoint::{CheckpointParams, utf8};
 use super::part::{Part, tracks_writes};
 use super::silent::blocking;
+use crate::cleanup;
 use crate::error::{Context as _, Error, Result};
 use crate::reaper::{Child, Reaper};
 use crate::state::{Op, Status};
@@ -305,11 +306,9 @@ impl Container {
         *self.pre_dumps.chain.lock().await = None;
         self.pre_dumps.set_last(None);
         let folder = paths::pre_dumps(&self.namespace, &self.id);
-        let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(folder)).await;
-        if let Ok(Err(err)) = removed
-            && err.kind() != std::io::ErrorKind::NotFound
-        {
-            warn!("remove the pre-dumps of {}: {err}", self.id);
+        let removed = tokio::task::spawn_blocking(move || cleanup::remove(&folder)).await;
+        if let Ok(Err(err)) = removed {
+            warn!("the pre-dumps of {} stay: {err}", self.id);
         }
     }
 }

@@ -9,6 +9,7 @@ use super::master::Master;
 use crate::error::{Context as _, Result};
 use log::{debug, warn};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
@@ -36,6 +37,8 @@ pub(super) enum Input {
     /// None.
     #[default]
     None,
+    /// A pipe that nobody writes to: neither data nor an end, until it is closed.
+    Nobody { _end: OwnedFd },
     /// The process has not started.
     Waiting { path: PathBuf, to: Feed, closed: bool },
     /// Being copied.
@@ -70,6 +73,7 @@ impl Input {
         match self {
             Self::Open { keep, .. } => *keep = None,
             Self::Waiting { closed, .. } => *closed = true,
+            Self::Nobody { .. } => *self = Self::None,
             Self::None => {}
         }
     }

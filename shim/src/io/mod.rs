@@ -61,6 +61,9 @@ pub(crate) struct Setup<'a> {
     pub(crate) namespace: &'a str,
     /// Who may reopen the pipes through /proc.
     pub(crate) owner: (u32, u32),
+    /// Whether the process comes from a checkpoint. What was a pipe stays one then, with nobody at its
+    /// other end: `/dev/null` would end its input, and the host's could not be dumped again.
+    pub(crate) restored: bool,
     /// Starts log programs.
     pub(crate) reaper: &'a Arc<Reaper>,
 }
@@ -137,12 +140,17 @@ impl ProcessIo {
             Some(logger) => logger.ends()?,
             None => {
                 let stderr = uri::parse(&stdio.stderr).map_err(|err| err.context("stderr"))?;
-                let stdout = io.output(stdout, setup.owner).map_err(|err| err.context("stdout"))?;
-                let stderr = io.output(stderr, setup.owner).map_err(|err| err.context("stderr"))?;
+                let stdout = io.output(stdout, setup).map_err(|err| err.context("stdout"))?;
+                let stderr = io.output(stderr, setup).map_err(|err| err.context("stderr"))?;
                 [stdout, stderr]
             }
         };
         let stdin = match stdin {
+            None if setup.restored => {
+                let (read, write) = pipes::make(setup.owner)?;
+                io.input = Input::Nobody { _end: write };
+                read
+            }
             None => null()?,
             Some(path) => {
                 let (read, write) = pipes::make(setup.owner)?;
@@ -155,12 +163,12 @@ impl ProcessIo {
     }
 
     /// The process's end of a stream that leads to `target`.
-    fn output(&mut self, target: Target, owner: (u32, u32)) -> Result<OwnedFd> {
-        if target == Target::Null {
+    fn output(&mut self, target: Target, setup: &Setup<'_>) -> Result<OwnedFd> {
+        if target == Target::Null && !setup.restored {
             return null();
         }
         let sink = open_sink(target)?;
-        let (read, write) = pipes::make(owner)?;
+        let (read, write) = pipes::make(setup.owner)?;
         self.outputs.push(Copy::start(read, sink)?);
         Ok(write)
     }
@@ -342,7 +350,13 @@ pub(crate) mod tests {
             let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
             std::fs::set_permissions(&script, executable).unwrap();
             let uri = format!("binary://{}?dir={}", script.display(), dir.path().display());
-            let setup = Setup { id: "box", namespace: "ns", owner: (0, 0), reaper: &reaper };
+            let setup = Setup {
+                id: "box",
+                namespace: "ns",
+                owner: (0, 0),
+                restored: false,
+                reaper: &reaper,
+            };
             let opened = ProcessIo::open(&stdio(&uri, &uri, true), &setup).await;
             let (mut io, child) = opened.unwrap();
             drop(child);
@@ -363,7 +377,13 @@ pub(crate) mod tests {
     #[test]
     fn names_that_make_no_sense_are_refused() {
         with_reaper(|reaper| async move {
-            let setup = Setup { id: "box", namespace: "ns", owner: (0, 0), reaper: &reaper };
+            let setup = Setup {
+                id: "box",
+                namespace: "ns",
+                owner: (0, 0),
+                restored: false,
+                reaper: &reaper,
+            };
             let refused = async |stdin: &str, stdout: &str, stderr: &str| {
                 let stdio = Stdio { stdin: stdin.into(), ..stdio(stdout, stderr, false) };
                 ProcessIo::open(&stdio, &setup).await.err().unwrap().code()
