@@ -72,20 +72,18 @@ fn a_detached_container_keeps_its_log_for_later_and_for_followers() -> Result<()
 fn a_terminal_of_a_container_or_of_an_exec_is_one_of_the_right_size() -> Result<()> {
     let Some(lab) = lab()? else { return Ok(()) };
     let host = lab.host("a");
-    // A terminal of 33 lines and 77 columns, for nerdctl itself.
-    let inside =
-        |command: &str| format!("exec script -qec 'stty rows 33 cols 77; {command}' /dev/null");
+    const SIZE: (u16, u16) = (33, 77);
     for runtime in RUNTIMES {
         let run = format!("nerdctl run -it --runtime {runtime} --name shell {BUSYBOX}");
         let exec = "nerdctl exec -it shell sh".to_owned();
-        let mut run = host.spawn(&inside(&run))?;
+        let mut run = host.spawn_at_terminal(&run, SIZE)?;
         let mut input = run.stdin().context("a job without input")?;
         // What is typed is echoed, so the answers are no part of it.
         input.write_all(b"tty; echo is$((1+1))here\n")?;
         run.wait_for("is2here", SOON)?;
         wait_for(host, "nerdctl exec shell sh -c 'stty size <$(readlink /proc/1/fd/0)'", "33 77")?;
 
-        let mut exec = host.spawn(&inside(&exec))?;
+        let mut exec = host.spawn_at_terminal(&exec, SIZE)?;
         let mut typed = exec.stdin().context("a job without input")?;
         typed.write_all(
             b"tty; until [ \"$(stty size)\" = '33 77' ]; do :; done; echo si$((33+44))ze\n",
@@ -103,9 +101,8 @@ fn a_terminal_of_a_container_or_of_an_exec_is_one_of_the_right_size() -> Result<
         }
         nerdctl(host, "rm shell")?;
         // A terminal whose container is ended from elsewhere.
-        let run =
-            inside(&format!("nerdctl run -it --rm --runtime {runtime} --name shell {BUSYBOX}"));
-        let run = host.spawn(&run)?;
+        let run = format!("nerdctl run -it --rm --runtime {runtime} --name shell {BUSYBOX}");
+        let run = host.spawn_at_terminal(&run, SIZE)?;
         wait_for(host, "nerdctl ps", "shell")?;
         nerdctl(host, "kill shell")?;
         assert_eq!(run.wait(SOON)?.status.code(), Some(137), "{runtime}");

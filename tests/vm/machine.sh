@@ -61,7 +61,9 @@ for binary in /payload/programs/deps/*; do
     *)
         pattern=$only
         for test in $tests; do
-            [ "${test%%:*}" = "$test" ] || [ "${test%%:*}" != "$name" ] || pattern=${test#*:}
+            case $test in
+            "$name":*) pattern=${test#*:} ;;
+            esac
         done
         for test in $("$binary" --list --format terse | sed -n 's/: test$//p'); do
             # shellcheck disable=SC2254  # a pattern

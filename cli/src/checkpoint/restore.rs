@@ -161,10 +161,10 @@ impl Restore {
         if let Some(cidr) = self.options.ip {
             self.address = Some(arrive(cidr, store.migration()).await?);
         }
-        // Those of its last task went with that.
-        let before = self.there.as_ref().map(|(_, stdio)| stdio.clone()).unwrap_or_default();
+        // Not before the last task is gone, and a terminal's FIFOs with it.
+        let before = self.there.as_ref().map(|(_, stdio)| stdio);
         let namespace = &self.options.containerd.namespace;
-        let stdio = streams(namespace, &self.id, &images, &spec, &before)?;
+        let stdio = streams(namespace, &self.id, &images, &spec, before)?;
         let options = container.runtime_options.as_ref();
         let images = images.display().to_string();
         store.create_task(&self.id, &mounts, &stdio, options, &images).await?;

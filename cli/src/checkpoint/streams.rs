@@ -26,9 +26,9 @@ pub(super) fn streams(
     id: &str,
     images: &Path,
     spec: &Value,
-    before: &Stdio,
+    before: Option<&Stdio>,
 ) -> Result<Stdio> {
-    let before = reachable(before);
+    let before = before.map(reachable).unwrap_or_default();
     if spec["process"]["terminal"] == true {
         return match before.stdout.is_empty() {
             true => terminal(&paths::terminal(namespace, id)).context("make a terminal's FIFOs"),
@@ -94,7 +94,7 @@ mod tests {
         let were = r#"["/dev/null","pipe:[7]","pipe:[8]"]"#;
         fs::write(images.path().join("descriptors.json"), were).unwrap();
         let spec = json!({ "process": { "terminal": terminal } });
-        streams("n", "c", images.path(), &spec, before).unwrap()
+        streams("n", "c", images.path(), &spec, Some(before)).unwrap()
     }
 
     #[test]

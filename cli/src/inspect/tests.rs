@@ -152,6 +152,18 @@ fn text_of_a_checkpoint_gives_the_terminal_no_orders() {
 }
 
 #[test]
+fn text_tells_how_long_a_container_stood_still_if_it_went_on() {
+    for (frozen, told) in [(0, false), (1500, true)] {
+        let mut report = Report::new("image", "x".into());
+        let record = format!(r#"{{"statistics":{{"frozen_us":{frozen},"dump_us":2000}}}}"#);
+        report.recorded(serde_json::from_str(&record).unwrap());
+        let text = text::of(&report);
+        assert_eq!(text.contains("frozen 1.5 ms"), told, "{text}");
+        assert!(text.contains("dumped in 2.0 ms") && !text.contains("frozen 0"), "{text}");
+    }
+}
+
+#[test]
 fn records_may_lack_anything() {
     let mut report = Report::new("image", "x".into());
     for text in [

@@ -9,6 +9,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use ferry_oci::paths;
 use ferry_tests::Host;
 use ferry_tests::containers::edit_spec;
 use ferry_tests::ctr::wait_for_status;
@@ -62,9 +63,12 @@ impl<'a> Ferried<'a> {
             edit_spec(host, id, spec::limit)?;
         }
         let client = match item.terminal {
-            true => Some(at_a_terminal(host, id, &format!("ctr task start {id}"))?),
+            // ctr gives the container's terminal the size of its own, at any time: here that which
+            // the item sets.
+            true => Some(host.spawn_at_terminal(&format!("ctr task start {id}"), (41, 133))?),
             false => host.run(&format!("ctr task start --detach --null-io {id}")).map(|_| None)?,
         };
+        wait_for_status(host, id, "RUNNING")?;
         let container = Self { client, ..Self::running(host, item, id)? };
         let ready = container.hear("ready")?;
         let mut lines = ready.lines();
@@ -81,7 +85,7 @@ impl<'a> Ferried<'a> {
     }
 
     fn cross<'b>(mut self, to: &'b Host) -> Result<Ferried<'b>> {
-        let (from, id) = (self.host, &self.id.clone());
+        let (from, id) = (self.host, &self.id);
         from.run(&format!("ferry checkpoint {id} {id} --exit")).context("checkpoint")?;
         from.run(&format!("ferry push {id} --to ssh://root@{}", to.address())).context("push")?;
         // What is bound from the host is not part of it.
@@ -129,10 +133,11 @@ impl<'a> Ferried<'a> {
 
     /// What a client would open that attaches to the restored terminal.
     fn end_of_terminal(&self, name: &str) -> Result<File> {
-        let path = format!("run/ferry/terminals/default.{}/{name}", self.id);
+        let path = paths::terminal("default", &self.id).join(name);
+        let here = self.host.root().join(path.strip_prefix("/")?);
         let mut options = OpenOptions::new();
         options.read(true).write(true).custom_flags(nix::libc::O_NONBLOCK);
-        options.open(self.host.root().join(&path)).with_context(|| format!("open {path}"))
+        options.open(&here).with_context(|| format!("open {}", here.display()))
     }
 
     /// A file by which the item is spoken to, as this machine sees it.
@@ -154,13 +159,4 @@ impl<'a> Ferried<'a> {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
-}
-
-/// Runs `command` at a terminal, until container `id` runs. It goes with what is returned.
-fn at_a_terminal(host: &Host, id: &str, command: &str) -> Result<Job> {
-    // ctr gives the container's terminal the size of its own, at any time: that which the item sets.
-    let script = format!("stty rows 41 columns 133; exec {command}");
-    let job = host.spawn(&format!("exec script -qfec '{script}' /dev/null"))?;
-    wait_for_status(host, id, "RUNNING")?;
-    Ok(job)
 }

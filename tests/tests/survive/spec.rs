@@ -58,7 +58,6 @@ pub(crate) fn write(hand: &ByHand<'_>, id: &str, item: Item) -> Result<()> {
 /// Gives it limits, and has it see its group.
 pub(crate) fn limit(spec: &mut Value) {
     if let Some(mounts) = spec["mounts"].as_array_mut() {
-        mounts.retain(|mount| mount["destination"] != "/sys/fs/cgroup");
         mounts.push(json!({
             "destination": "/sys/fs/cgroup",
             "type": "cgroup",
