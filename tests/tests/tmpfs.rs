@@ -174,7 +174,9 @@ fn watches_on_files_in_memory_go_on_after_a_move() -> Result<()> {
          --runtime {RUNTIME} docker.io/library/python:latest box \
          python3 -c \"$(cat /tmp/watch.py)\" /dev/shm /run/own"
     ))?;
-    until("it watches", || Ok(inside(a, "cat /log")?.contains("watching")))?;
+    // Before it has started there is no file.
+    let watches = || Ok(inside(a, "cat /log || true")?.contains("watching"));
+    until("it watches", watches)?;
     for (number, host) in (0..).zip([a, b]) {
         inside(host, &format!("touch /dev/shm/{number} /run/own/{number}"))?;
         let lines = 3 + 2 * number;

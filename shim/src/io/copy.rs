@@ -117,13 +117,15 @@ impl Copy {
         HangUp(self.shared.clone())
     }
 
-    /// Sets the size of a terminal; one that has gone has none.
+    /// Sets the size of a terminal; a pipe, and one that has gone, has none.
     pub(super) fn resize(&self, columns: u16, rows: u16) -> Result<()> {
         let size =
             rustix::termios::Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         match &*self.shared.ends() {
-            Some(ends) => rustix::termios::tcsetwinsize(&ends.source, size).context("resize"),
-            None => Ok(()),
+            Some(ends) if self.shared.is_terminal => {
+                rustix::termios::tcsetwinsize(&ends.source, size).context("resize")
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -319,6 +321,12 @@ mod tests {
         raw.make_raw();
         rustix::termios::tcsetattr(&slave, OptionalActions::Now, &raw).unwrap();
         (master, slave)
+    }
+
+    #[tokio::test]
+    async fn a_pipe_has_no_size_and_is_not_refused_one() {
+        let (read, _write) = pipe_with_writer();
+        Copy::start(read, Sink::Null).unwrap().resize(132, 43).unwrap();
     }
 
     #[tokio::test]
