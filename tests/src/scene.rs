@@ -195,6 +195,7 @@ pub fn traces(host: &Host) -> Result<Vec<String>> {
         find /var/lib/ferry -mindepth 2 2>/dev/null | sed 's/^/file /'
         find /run/ferry/images -mindepth 1 2>/dev/null | sed 's/^/image file /'
         ls /run/ferry/s 2>/dev/null | sed 's/.*/socket of a shim/'
+        ls -A /run/containerd/io.containerd.runtime.v2.task/default 2>/dev/null | sed 's/^/bundle /'
         ls /run/containerd/runc/default 2>/dev/null | sed 's/^/runc state /'
         ps -eo comm= | grep -E '^(ferry|runc|criu|containerd-shim|ssh)$' | sed 's/^/process /'
     "#;

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use ferry_cli::phase::Phase;
-use ferry_tests::Host;
 use ferry_tests::faults::{Bed, is_served};
 use ferry_tests::scene::{
     FLOATING, task_state, traces, wait_for_traces, wait_for_traces_but_pages,
 };
+use ferry_tests::{Host, Job};
 
 /// Kills the shim on `host`, which has one container.
 fn kill_shim(host: &Host) -> Result<()> {
@@ -95,6 +95,40 @@ fn a_destination_whose_shim_is_killed_leaves_the_container_on_its_source() -> Re
         ensure!(output.stderr.contains(&told), "{when}: no {told:?} in {output}");
         bed.is_whole(&when)?;
     }
+    bed.end_client().map(drop)
+}
+
+/// Where containerd keeps what it has of the tasks.
+const BUNDLES: &str = "/run/containerd/io.containerd.runtime.v2.task/default";
+
+/// How long what was started for so long may take.
+const SOON: Duration = Duration::from_secs(10);
+
+/// As on a host with much to do: a runc that takes its time, and a root file system that something is
+/// still in.
+fn slow_down(host: &Host) -> Result<Job> {
+    let script =
+        "#!/bin/sh\ncase \"$*\" in *\" delete \"*) sleep 3.5 ;; esac\nexec /usr/sbin/runc \"$@\"\n";
+    std::fs::write(host.root().join("usr/local/sbin/runc"), script)?;
+    host.run("chmod +x /usr/local/sbin/runc")?;
+    host.spawn(&format!("cd {BUNDLES}/redis/rootfs && exec sleep 3.2"))
+}
+
+#[test]
+fn a_shim_that_is_killed_is_cleaned_up_before_the_migration_ends() -> Result<()> {
+    let mut bed = Bed::start()?;
+    let job = bed.stop_at("announced", "")?;
+    let busy = slow_down(bed.destination())?;
+    kill_shim(bed.destination())?;
+    let output = bed.go_on(job)?;
+    ensure!(!output.status.success(), "{output}");
+    // Whoever comes next would find the folder of the last one in its way.
+    let left = bed.destination().run(&format!("ls -A {BUNDLES}"))?;
+    ensure!(left.stdout.is_empty(), "a bundle is left: {left}\n{output}");
+    busy.wait(SOON)?;
+    bed.is_whole("with a slow clean-up")?;
+    bed.scene.migrate("redis", bed.here, bed.there)?;
+    bed.has_moved();
     bed.end_client().map(drop)
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use containerd_client::services::v1::tasks_client::TasksClient;
 use containerd_client::services::v1::{
     CheckpointTaskRequest, CreateTaskRequest, DeleteTaskRequest, GetRequest, KillRequest,
-    StartRequest,
+    ListPidsRequest, StartRequest,
 };
 use containerd_client::tonic::transport::Channel;
 use containerd_client::types::v1::Status;
@@ -25,7 +25,6 @@ const CRIU_IMAGE_PATH: u8 = 10 << 3 | 2;
 const CHECKPOINT_OPTIONS: &str = "containerd.runc.v1.CheckpointOptions";
 /// How often a task is looked at that should end.
 const POLL: Duration = Duration::from_millis(50);
-
 /// How long containerd may take to clean up after a shim; it gives up after 5 s.
 const CLEANUP: Duration = Duration::from_secs(8);
 
@@ -136,12 +135,28 @@ impl Containerd {
 
     /// Deletes a task that is stopped or was never started; one that is not there is fine.
     ///
+    /// containerd cleans up after a shim that was killed, and forgets the task when that is done. A task
+    /// that is deleted meanwhile is forgotten at once, with its bundle still there for a while or for
+    /// ever, and no other task can have its name: this waits until it is clean.
+    ///
     /// # Errors
     /// [`Error::Call`] while it runs; with which code is up to the shim.
     pub(crate) async fn delete_task(&self, id: &str) -> Result<()> {
+        let start = tokio::time::Instant::now();
+        while start.elapsed() < CLEANUP && self.has_lost_its_shim(id).await {
+            tokio::time::sleep(POLL).await;
+        }
         let request = DeleteTaskRequest { container_id: id.to_owned() };
         let answer = self.tasks().delete(self.request(request, SLOW)).await;
         answer.doing(|| format!("delete the task of container {id}")).found().map(drop)
+    }
+
+    /// Whether containerd knows the task, and not its shim. Asked for the task itself, it denies it as soon
+    /// as the shim is gone.
+    async fn has_lost_its_shim(&self, id: &str) -> bool {
+        let request = ListPidsRequest { container_id: id.to_owned() };
+        let answer = self.tasks().list_pids(self.request(request, QUICK)).await;
+        answer.is_err_and(|status| status.message().contains("ttrpc: closed"))
     }
 
     /// Checkpoints a task as [`CheckpointOptions`] say, which name where the images go.
@@ -185,9 +200,6 @@ impl Containerd {
     pub(crate) async fn end_task(&self, id: &str, patience: Duration) -> Result<()> {
         let deadline = tokio::time::Instant::now() + patience;
         let killed = self.kill_task(id).await;
-        if killed.as_ref().is_err_and(is_cut_off) {
-            self.wait_until_cleaned_up(id).await;
-        }
         loop {
             let Err(error) = self.delete_task(id).await else {
                 return Ok(());
@@ -200,24 +212,9 @@ impl Containerd {
         }
     }
 
-    /// containerd cleans up after a shim that was killed, and forgets the task when that is done. A task
-    /// that is deleted meanwhile is forgotten at once, with its bundle still there for a while or for
-    /// ever, and no other task can have its name.
-    async fn wait_until_cleaned_up(&self, id: &str) {
-        let start = tokio::time::Instant::now();
-        while start.elapsed() < CLEANUP && matches!(self.task(id).await, Ok(Some(_)) | Err(_)) {
-            tokio::time::sleep(POLL).await;
-        }
-    }
-
     fn tasks(&self) -> TasksClient<Channel> {
         TasksClient::new(self.channel()).max_decoding_message_size(MAX_MESSAGE)
     }
-}
-
-/// Whether containerd has lost the shim.
-fn is_cut_off(error: &Error) -> bool {
-    matches!(error, Error::Call { message, .. } if message.contains("ttrpc: closed"))
 }
 
 impl Destination {
