@@ -1,14 +1,57 @@
 //! The cgroups of a container, as far as a move depends on them.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path, PathBuf};
 
+use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::Signal;
 use nix::sys::statfs::{CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
 
 /// Where cgroup hierarchies are mounted.
 const ROOT: &str = "/sys/fs/cgroup";
+
+/// What `/proc/PID/cgroup` says of process `pid`, up to where its cgroup namespace begins: the cgroups of
+/// its container, and not those that it has made inside and gone into, as systemd does. Without a
+/// namespace of its own there is no telling them apart.
+///
+/// # Errors
+/// When the process is gone.
+pub fn of_container(pid: u32) -> io::Result<String> {
+    let file = format!("/proc/{pid}/cgroup");
+    let text = fs::read_to_string(&file)?;
+    let namespace = File::open(format!("/proc/{pid}/ns/cgroup"))?;
+    if namespace.metadata()?.ino() == fs::metadata("/proc/thread-self/ns/cgroup")?.ino() {
+        return Ok(text);
+    }
+    // The kernel names cgroups as the reader's namespace sees them; a thread that has entered one is lost.
+    let inside = std::thread::scope(|scope| {
+        let read = || {
+            setns(&namespace, CloneFlags::CLONE_NEWCGROUP)?;
+            fs::read_to_string(&file)
+        };
+        let thread =
+            std::thread::Builder::new().name("cgroups".into()).spawn_scoped(scope, read)?;
+        thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread has panicked")))
+    })?;
+    Ok(text.lines().map(|line| up_to(line, &inside) + "\n").collect())
+}
+
+/// A line of `/proc/PID/cgroup` without the part of its path that `inside` has too.
+fn up_to(line: &str, inside: &str) -> String {
+    let Some((hierarchy, path)) = split(line) else { return line.to_owned() };
+    let inner = inside.lines().filter_map(split).find(|(other, _)| *other == hierarchy);
+    let inner = inner.map(|(_, path)| path).filter(|path| *path != "/");
+    let outer = inner.and_then(|inner| path.strip_suffix(inner)).unwrap_or(path);
+    format!("{hierarchy}:{}", if outer.is_empty() { "/" } else { outer })
+}
+
+/// Its number and controllers, and its path.
+fn split(line: &str) -> Option<(&str, &str)> {
+    let colons = line.match_indices(':').nth(1)?.0;
+    Some((&line[..colons], &line[colons + 1..]))
+}
 
 /// Cgroups that were made inside those of process `pid`. Restoring them is CRIU's work; a container
 /// without any can be left to runc, which makes the others.
@@ -16,7 +59,7 @@ const ROOT: &str = "/sys/fs/cgroup";
 /// # Errors
 /// When the process is gone.
 pub fn made_inside(pid: u32) -> io::Result<Vec<PathBuf>> {
-    let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let text = of_container(pid)?;
     let mut found: Vec<PathBuf> = folders(Path::new(ROOT), &text)
         .iter()
         .filter_map(|folder| fs::read_dir(folder).ok())
@@ -34,7 +77,7 @@ pub fn made_inside(pid: u32) -> io::Result<Vec<PathBuf>> {
 /// # Errors
 /// When `pid` is gone or in no cgroup of its own.
 pub fn processes(pid: u32) -> io::Result<Vec<i32>> {
-    let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let text = of_container(pid)?;
     // Every hierarchy has them; a controller's is surely mounted.
     let all = folders(Path::new(ROOT), &text);
     let folder = all.iter().find(|folder| folder.join("cgroup.procs").is_file());
@@ -91,6 +134,15 @@ pub fn enter(path: &Path, pid: u32) -> io::Result<()> {
         return Err(io::Error::new(io::ErrorKind::NotFound, "there is no such cgroup"));
     }
     doors.into_iter().try_for_each(|door| fs::write(door, pid.to_string()))
+}
+
+/// Whether nothing is in the cgroups that a container is to have. `path` is the `cgroupsPath` of its spec.
+pub fn are_empty(path: &Path) -> bool {
+    let mut found = Vec::new();
+    for folder in cgroups_at(path) {
+        let _ = collect(&folder, &mut found);
+    }
+    found.is_empty()
 }
 
 /// Kills what is in the cgroups of a container that never ran: tasks of a CRIU that was killed before it
@@ -174,6 +226,22 @@ fn folders(root: &Path, text: &str) -> Vec<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cgroup_of_the_container_ends_where_its_namespace_begins() {
+        let inside = "7:cpu,cpuacct:/\n5:freezer:/init.scope\n1:name=systemd:/a:b/c\n0::/../x\n";
+        for (line, expected) in [
+            ("7:cpu,cpuacct:/default/t", "7:cpu,cpuacct:/default/t"),
+            ("5:freezer:/default/t/init.scope", "5:freezer:/default/t"),
+            ("1:name=systemd:/default/t/a:b/c", "1:name=systemd:/default/t"),
+            // It was moved out of its namespace.
+            ("0::/default/x", "0::/default/x"),
+            ("4:pids:/default/t/deep", "4:pids:/default/t/deep"),
+        ] {
+            assert_eq!(up_to(line, inside), expected);
+        }
+        assert_eq!(up_to("0::/init", "0::/init\n"), "0::/");
+    }
 
     #[test]
     fn folders_of_v1_of_v2_and_of_both() {

@@ -5,6 +5,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::cgroups;
+
 /// Where cgroup hierarchies are mounted.
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
@@ -70,14 +72,14 @@ struct Waits {
 }
 
 impl Freezer {
-    /// The freezer that holds process `pid`.
+    /// The freezer of the container that process `pid` is in.
     ///
     /// # Errors
     /// When the process is gone or its cgroup has no freezer.
     pub fn of(pid: u32) -> Result<Self, FreezerError> {
-        let path = PathBuf::from(format!("/proc/{pid}/cgroup"));
-        let text = fs::read_to_string(&path)
-            .map_err(|source| FreezerError::Io { path: path.clone(), source })?;
+        let failed =
+            |source| FreezerError::Io { path: format!("/proc/{pid}/cgroup").into(), source };
+        let text = cgroups::of_container(pid).map_err(failed)?;
         Self::from_proc(Path::new(CGROUP_ROOT), &text).ok_or(FreezerError::NoFreezer(pid))
     }
 
@@ -173,7 +175,9 @@ impl Freezer {
             Kind::V2 => "cgroup.threads",
         };
         let mut waits = Waits::default();
-        for thread in self.read(threads).unwrap_or_default().lines() {
+        let mut found = String::new();
+        read_all(&self.cgroup, threads, &mut found);
+        for thread in found.lines() {
             let Ok(at) = fs::read_to_string(format!("/proc/{thread}/wchan")) else { continue };
             waits.in_vfork |= waits_in_vfork(&at);
             if waits.stopped.is_none() && is_stopped(&at) {
@@ -243,6 +247,16 @@ impl Freezer {
     fn read(&self, file: &str) -> Result<String, FreezerError> {
         let path = self.cgroup.join(file);
         fs::read_to_string(&path).map_err(|source| FreezerError::Io { path, source })
+    }
+}
+
+/// What `file` says in this cgroup and those inside it.
+fn read_all(cgroup: &Path, file: &str, found: &mut String) {
+    found.push_str(&fs::read_to_string(cgroup.join(file)).unwrap_or_default());
+    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            read_all(&entry.path(), file, found);
+        }
     }
 }
 
