@@ -37,6 +37,15 @@ pub fn terminal(namespace: &str, id: &str) -> PathBuf {
     Path::new(RUN).join("terminals").join(format!("{namespace}.{id}"))
 }
 
+/// What outlives its container and the host's run: output that nobody is there for any more, and CRIU's
+/// log of a restore that has failed.
+const LOGS: &str = "/var/log/ferry";
+
+/// Folder of such logs of container `id`.
+pub fn logs(namespace: &str, id: &str) -> PathBuf {
+    Path::new(LOGS).join(namespace).join(id)
+}
+
 /// Folder in a container's bundle in which CRIU works while it restores a migration.
 pub const RESTORE_WORK: &str = "ferry-restore";
 

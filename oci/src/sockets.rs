@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 pub use kinds::{Kind, kinds};
 pub use outside::{Outside, outside};
 use room::Room;
-pub use silent::{Silenced, silence};
+pub use silent::{Silenced, put_back, silence};
 pub use unread::{Unread, unread};
 
 /// Transport protocol of an inet socket.

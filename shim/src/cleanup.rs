@@ -5,6 +5,7 @@ use crate::container::Network;
 use crate::error::{Context as _, Result};
 use crate::mounts;
 use crate::options::TaskOptions;
+use crate::rules;
 use crate::strays;
 use ferry_oci::netns::Netns;
 use ferry_oci::runc::Delete;
@@ -32,6 +33,7 @@ pub(crate) fn cleanup(namespace: &str, id: &str, bundle: &Path) -> u32 {
         // CRIU mounts cgroups in its work folder while it restores.
         ("unmount what CRIU has left", mounts::umount(&bundle.join("work"))),
         ("unmount its layers", mounts::umount(&bundle.join(mounts::SHIFTED))),
+        ("remove the rules of its dump", rules::remove_noted(bundle)),
         ("remove what is left of its migration", remove_migration(bundle)),
         ("remove its pre-dumps", remove(&paths::pre_dumps(namespace, id))),
         ("remove its terminal's FIFOs", remove(&paths::terminal(namespace, id))),

@@ -54,6 +54,11 @@ impl Error {
         self.code == Code::DEADLINE_EXCEEDED
     }
 
+    /// The same error with `more` behind it.
+    pub(crate) fn also(self, more: impl Display) -> Self {
+        Self { text: format!("{}; {more}", self.text), ..self }
+    }
+
     /// The same error with `context` in front.
     pub(crate) fn context(self, context: impl Display) -> Self {
         Self { text: format!("{context}: {}", self.text), ..self }

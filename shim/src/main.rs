@@ -24,6 +24,7 @@ mod io;
 mod mounts;
 mod options;
 mod reaper;
+mod rules;
 mod runtime;
 mod service;
 mod state;

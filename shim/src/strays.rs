@@ -32,8 +32,30 @@ pub(crate) fn end(runc: &Path, bundle: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Note in the bundle that its container is being made in cgroups that were nobody's.
+const CLAIM: &str = "ferry-cgroups";
+
+/// Until runc knows the container of `bundle`, all that is in its cgroups is its own. Not so where something
+/// runs in them already: then `false`, and nobody may be ended for it.
+pub(crate) fn claim_cgroups(bundle: &Path) -> Result<bool> {
+    let Some(path) = cgroups_path(bundle)? else { return Ok(false) };
+    let ours = cgroups::are_empty(&path);
+    if ours {
+        std::fs::write(bundle.join(CLAIM), "").context("claim the container's cgroups")?;
+    }
+    Ok(ours)
+}
+
+/// runc knows the container: others may come into its cgroups.
+pub(crate) fn give_up_claim(bundle: &Path) {
+    let _ = std::fs::remove_file(bundle.join(CLAIM));
+}
+
 /// Removes the cgroups of the container of `bundle`, which runc does not know, with what is in them.
 pub(crate) fn remove_cgroups(bundle: &Path) -> Result<()> {
+    if !bundle.join(CLAIM).exists() {
+        return Ok(());
+    }
     let end = Instant::now() + LIMIT;
     let Some(path) = cgroups_path(bundle)? else { return Ok(()) };
     while !cgroups::remove_empty(&path) {

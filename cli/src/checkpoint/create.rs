@@ -24,6 +24,7 @@ use crate::containerd::{
 use crate::describe::checks::RUNTIME;
 use crate::describe::container::resident;
 use crate::lock;
+use crate::migrate::fault;
 use crate::shim::{self, Shim};
 use crate::wire::messages::ContainerdAddress;
 
@@ -214,6 +215,7 @@ impl Source {
         self.shim.freeze(freeze).await?;
         let dumped = self.shim.checkpoint(&self.id, self.limit).await?;
         let dump_us = dumped.dump_us;
+        fault::at(fault::DUMPED).await;
         self.files.look(Pass::Frozen, &looks).await?;
         let mut layer = None;
         if self.files.stand_still() {

@@ -6,6 +6,9 @@ use ferry_cli::phase::Phase;
 /// The clients have been led to the destination, and the container still runs.
 pub(crate) const ANNOUNCED: &str = "announced";
 
+/// `ferry checkpoint` has the dump, and the container stands still.
+pub(crate) const DUMPED: &str = "dumped";
+
 /// `ferry restore` has started its container, whose address is silent still.
 pub(crate) const RESTORED: &str = "restored";
 

@@ -341,7 +341,7 @@ async fn dump(
 
 /// Where the output of a container goes whose reader has stayed elsewhere, as the Task API has it.
 pub(crate) fn log_file(namespace: &str, id: &str, name: &str) -> String {
-    format!("file:///var/log/ferry/{namespace}/{id}/{name}.log")
+    format!("file://{}/{name}.log", ferry_oci::paths::logs(namespace, id).display())
 }
 
 /// Stdio of the task on the destination: a FIFO's reader stays behind, so a file takes its place.

@@ -41,10 +41,11 @@ pub fn failure(log: &Path) -> io::Result<Failure> {
     Ok(parse(BufReader::new(File::open(log)?)))
 }
 
-/// CRIU's id of the run that wrote `log`: it names the run's nftables table.
-pub fn run_id(log: &Path) -> io::Result<Option<String>> {
+/// CRIU's ids of the run that wrote `log`: one of them names the run's nftables table. Asked through its
+/// RPC, CRIU says one as it starts, and another for the request.
+pub fn run_ids(log: &Path) -> io::Result<Vec<String>> {
     let lines = BufReader::new(File::open(log)?).lines().map_while(Result::ok);
-    Ok(lines.take(2000).find_map(|line| find_run_id(&line)))
+    Ok(lines.take(50).filter_map(|line| find_run_id(&line)).collect())
 }
 
 /// The version of the CRIU that wrote `log`.
@@ -128,6 +129,7 @@ mod tests {
 
     const LOG: &str = "\
 (00.000001) Version: 4.2
+(00.000002) CRIU run id = 5d2a-76
 (00.000002) CRIU run id = 5d2a-77
 (00.000003) Error (criu/util.c:1534): rlimit: Can't setup RLIMIT_NOFILE for self
 (00.010000) 12: Dumping an Error (not one)
@@ -141,7 +143,7 @@ mod tests {
         let error = failure.first_error.as_deref().unwrap();
         assert!(error.starts_with("Error (criu/sk-inet.c:204)"), "{error}");
         assert!(failure.cure.unwrap().contains("tcp-established"));
-        assert_eq!(failure.tail.len(), 6);
+        assert_eq!(failure.tail.len(), 7);
         assert!(failure.to_string().starts_with("criu: Error (criu/sk-inet.c"));
     }
 
@@ -160,7 +162,9 @@ mod tests {
 
     #[test]
     fn only_a_plain_run_id_is_taken() {
-        assert_eq!(LOG.lines().find_map(find_run_id).as_deref(), Some("5d2a-77"));
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("log"), LOG).unwrap();
+        assert_eq!(run_ids(&dir.path().join("log")).unwrap(), ["5d2a-76", "5d2a-77"]);
         assert_eq!(find_run_id("CRIU run id = x; rm -rf /"), None);
         assert_eq!(find_run_id("nothing"), None);
         assert_eq!(LOG.lines().find_map(find_version).as_deref(), Some("4.2"));

@@ -24,7 +24,7 @@ pub use hidden::{
     StoredSmaps, find_library,
 };
 pub use hold::{Hold, HoldError};
-pub use log::{Failure, failure, run_id, version};
+pub use log::{Failure, failure, run_ids, version};
 pub use pagemap::{
     ImageError, Leak, LeftOut, Mapping, PARENT, PageRun, Pagemap, PagesWriter, check, check_parsed,
     flatten, link_parent, merge, pages_bytes, parse_mappings, path_between, read_mappings, tasks,

@@ -74,6 +74,24 @@ pub fn silence(pids: &[u32]) -> io::Result<Silenced> {
     Ok(silenced)
 }
 
+/// Puts the TCP connections of `pids` back into the protocol that a CRIU has left out of it, which was killed
+/// in a dump. How many there were.
+///
+/// # Errors
+/// When a process or a socket cannot be reached.
+pub fn put_back(pids: &[u32]) -> io::Result<usize> {
+    let mut count = 0;
+    for socket in connections(pids)? {
+        if getsockopt(&socket, sockopt::TcpRepair)? == ON {
+            // With a window probe, as CRIU does it: the peer may have been waiting.
+            setsockopt(&socket, sockopt::TcpRepair, &0)?;
+            setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+            count += 1;
+        }
+    }
+    Ok(count)
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
@@ -126,6 +144,20 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!(peer.read(&mut answer).unwrap_or(0), 0, "it ends as it would have");
+    }
+
+    #[test]
+    fn a_connection_that_was_left_in_repair_is_put_back() {
+        let (mut child, mut peer) = program(1);
+        silence(&[child.id()]).unwrap().leave();
+        assert_eq!(put_back(&[child.id()]).unwrap(), 3);
+        assert_eq!(put_back(&[child.id()]).unwrap(), 0);
+        peer.write_all(b"hello").unwrap();
+        let mut answer = [0; 5];
+        peer.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"hello");
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! `delete`: containerd calls it after a shim has died, or could not be started.
 
+use crate::container::noted_exit;
+use crate::reaper::Exit;
 use crate::{cleanup, service};
 use anyhow::{Context as _, Result};
 use containerd_shim::Flags;
@@ -7,7 +9,6 @@ use containerd_shim::api::DeleteResponse;
 use containerd_shim::protos::protobuf::Message;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
 
 /// Cleans up and answers on standard output. What goes wrong is said on standard error, which
 /// containerd logs.
@@ -16,10 +17,12 @@ pub(super) fn run(flags: &Flags) -> Result<()> {
         "" => std::env::current_dir().context("find the bundle")?,
         bundle => bundle.into(),
     };
+    let bundle = bundle(given, &flags.id);
+    let exit = noted_exit(&bundle).unwrap_or_else(|| Exit::now(cleanup::KILLED));
     let response = DeleteResponse {
-        pid: cleanup::cleanup(&flags.namespace, &flags.id, &bundle(given, &flags.id)),
-        exit_status: cleanup::KILLED,
-        exited_at: service::timestamp(SystemTime::now()),
+        pid: cleanup::cleanup(&flags.namespace, &flags.id, &bundle),
+        exit_status: exit.status,
+        exited_at: service::timestamp(exit.at),
         ..Default::default()
     };
     let answer = response.write_to_bytes().context("encode the answer")?;

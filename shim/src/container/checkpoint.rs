@@ -1,17 +1,19 @@
 //! Dumping a container.
 
 use super::predump::{Chain, OnTop};
+use super::silent::blocking;
+use super::unfinished::{Unfinished, begin_anew};
 use super::{Container, Silent, silent};
 use crate::error::{Context as _, Error, Result};
 use crate::options;
+use crate::rules::{self, DUMP_LOG, Note};
 use crate::state::{Op, admit};
 use containerd_shim::protos::events::task::TaskCheckpointed;
 use containerd_shim::protos::shim::oci::CheckpointOptions;
 use ferry_oci::criu::{self, CONFIG_ENV, Config, DumpOptions, DumpRecord, NetworkLock};
-use ferry_oci::netns::Netns;
 use ferry_oci::pages::areas::is_being_filled;
-use ferry_oci::quarantine;
 use ferry_oci::runc::Checkpoint;
+use ferry_oci::{cgroups, sockets};
 use log::warn;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
@@ -23,9 +25,6 @@ const DEADLINE: Duration = Duration::from_secs(600);
 /// Annotation of a container: `false` has its checkpoints end established TCP connections, which are
 /// kept by default.
 const OPEN_TCP: &str = "io.ferry.open-tcp";
-
-/// CRIU's log, in its work folder.
-pub(super) const LOG: &str = "dump.log";
 
 /// A dump.
 pub(crate) struct CheckpointParams {
@@ -65,6 +64,7 @@ impl Container {
             true => self.work_dir().join("dump"),
             false => options.work_path.clone().into(),
         };
+        let unfinished = Unfinished::of(Path::new(images));
         let params = CheckpointParams {
             images: images.into(),
             work: work.clone(),
@@ -75,6 +75,9 @@ impl Container {
             deadline: DEADLINE,
         };
         let done = self.checkpoint(params).await;
+        if done.is_err() {
+            unfinished.remove();
+        }
         if own_work && let Err(err) = std::fs::remove_dir_all(&work) {
             warn!("remove {}: {err}", work.display());
         }
@@ -112,6 +115,8 @@ impl Container {
         self.runtime.version().await;
         let on_top = self.prepare_on_top(&params).await?;
         let chain = self.take_pre_dumps(params.parent.as_deref()).await?;
+        let _note = Note::of_work(&self.bundle, &params.work)?;
+        begin_anew(&params.images).context("replace the dump that is there")?;
         let silent = match params.leave_running {
             true => self.stand_still().await?,
             false => self.fall_silent(&mut params.options).await?,
@@ -132,11 +137,12 @@ impl Container {
             silent::speak(silent).await;
             return Err(err);
         }
-        // What has ended stays silent.
-        if params.leave_running {
-            silent::speak(silent).await;
+        match silent {
+            silent if params.leave_running => silent::speak(silent).await,
+            // What has ended stays silent.
+            silent => silent.into_iter().for_each(Silent::keep),
         }
-        let criu = criu::version(&params.work.join(LOG)).ok().flatten();
+        let criu = criu::version(&params.work.join(DUMP_LOG)).ok().flatten();
         match self.write_record(&params, criu.unwrap_or_default()).await {
             Err(err) if params.leave_running => return Err(err),
             // The first one is there.
@@ -173,7 +179,7 @@ impl Container {
             silent::speak(silent.take()).await;
         }
         let done = async {
-            let criu = criu::version(&params.work.join(LOG)).ok().flatten();
+            let criu = criu::version(&params.work.join(DUMP_LOG)).ok().flatten();
             self.write_record(&params, criu.unwrap_or_default()).await?;
             if let Some(chain) = left {
                 self.complete_on(chain, &params.images, false).await?;
@@ -184,6 +190,7 @@ impl Container {
             silent::speak(silent).await;
             return Err(err);
         }
+        silent.into_iter().for_each(Silent::keep);
         self.checkpointed(&params.images);
         Ok(())
     }
@@ -205,12 +212,12 @@ impl Container {
 
     /// Keeps CRIU's log, removes its lock, and says what it said.
     pub(super) async fn dump_failed(&self, err: Error, work: &Path) -> Error {
-        let log = work.join(LOG);
+        let log = work.join(DUMP_LOG);
         let err = explain(err, "dump", &log);
         if let Err(err) = std::fs::copy(&log, self.bundle.join("criu-dump.log")) {
             warn!("keep CRIU's log: {err}");
         }
-        self.remove_network_lock(&log).await;
+        self.free_connections(work, false).await;
         err
     }
 
@@ -251,22 +258,21 @@ impl Container {
         self.runtime.call_with(&verb, &env, netns.as_ref(), params.deadline).await
     }
 
-    /// Removes the nftables table of the CRIU run that wrote `log`, and no other.
-    async fn remove_network_lock(&self, log: &Path) {
-        let Ok(Some(run)) = criu::run_id(log) else {
-            return;
+    /// Gives the connections back that a CRIU which worked in `work` has taken out of the protocol and
+    /// locked, should it have been killed; those of tasks that are to `end` are only unlocked.
+    pub(super) async fn free_connections(&self, work: &Path, end: bool) {
+        let (bundle, work, pid) = (self.bundle.clone(), work.to_owned(), self.snapshot().pid);
+        let put_back = move || {
+            let pids = cgroups::processes(pid).context("list the processes")?;
+            let pids: Vec<u32> = pids.into_iter().filter_map(|pid| pid.try_into().ok()).collect();
+            sockets::put_back(&pids).context("put the connections back").map(drop)
         };
-        let pid = self.snapshot().pid;
-        let remove = move || {
-            let table = format!("CRIU-{run}");
-            let netns = Netns::of(pid).context("open the network namespace")?;
-            let removed = netns.run(|| quarantine::remove_table(&table));
-            removed.context("enter the network namespace")?.context(table)
+        let free = move || {
+            let back = if end { Ok(()) } else { put_back() };
+            rules::remove_criu_table(&bundle, Some(pid), &work).and(back)
         };
-        match tokio::task::spawn_blocking(remove).await {
-            Ok(Ok(())) => {}
-            Ok(Err(err)) => warn!("remove CRIU's network lock: {err}"),
-            Err(err) => warn!("remove CRIU's network lock: {err}"),
+        if let Err(err) = blocking(free).await.flatten() {
+            warn!("after a dump that has failed: {err}");
         }
     }
 }

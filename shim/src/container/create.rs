@@ -9,6 +9,7 @@ use crate::options::TaskOptions;
 use crate::reaper::Child;
 use crate::runtime::Runtime;
 use crate::state::Status;
+use crate::strays;
 use containerd_shim::protos::api::Mount;
 use containerd_shim::protos::events::task::{TaskCreate, TaskIO};
 use containerd_shim::protos::protobuf::MessageField;
@@ -112,7 +113,9 @@ async fn prepare(
         no_new_keyring: request.options.no_new_keyring,
     };
     let window = runtime.reaper.window();
+    strays::claim_cgroups(&request.bundle)?;
     runtime.spawn(&create, child_io).await?;
+    strays::give_up_claim(&request.bundle);
     io.connect_terminal().await?;
     let pid = read_pid(&pid_file)?;
     inner.status = Status::Created;
@@ -125,6 +128,7 @@ async fn undo(request: &CreateRequest, runtime: &Runtime) {
     if let Err(err) = runtime.delete(&request.id, true).await {
         warn!("undo create: {err}");
     }
+    strays::give_up_claim(&request.bundle);
     if let Err(err) = mounts::umount_async(request.bundle.join("rootfs")).await {
         warn!("undo create: {err}");
     }

@@ -7,6 +7,7 @@
 //! - `inner` guards the few fields, for moments only, never across an await.
 
 mod arrival;
+mod attempt;
 mod checkpoint;
 mod create;
 mod exec;
@@ -21,10 +22,12 @@ mod relay;
 mod resources;
 mod restore;
 mod silent;
+mod unfinished;
 
 pub(crate) use checkpoint::CheckpointParams;
 pub(crate) use create::CreateRequest;
 pub(crate) use exec::{Exec, ExecRequest};
+pub(crate) use exit::noted as noted_exit;
 pub(crate) use network::Network;
 pub(crate) use prepared::{Extras, PreparedDump, PreparedRestore};
 pub(crate) use restore::{Held, HoldParams, RestoreParams};

@@ -20,11 +20,13 @@ use ferry_oci::tmpfs::Tmpfs;
 use log::warn;
 use tokio::time::{sleep, timeout};
 
-use super::checkpoint::{self, CheckpointParams, explain};
+use super::attempt::Attempt;
+use super::checkpoint::{self, CheckpointParams};
 use super::relay::{Line, Relay};
-use super::restore::{Attempt, Env, Held, Holder, RestoreParams};
+use super::restore::{Env, Held, Holder, RestoreParams};
 use super::{Container, Silent, silent};
 use crate::error::{Context as _, Error, Result};
+use crate::rules::Note;
 use crate::runtime::Running;
 use crate::state::{Op, admit};
 
@@ -45,6 +47,7 @@ pub(crate) struct PreparedDump {
     tar: Option<FastTar>,
     _gate: Gate,
     held: bool,
+    _note: Note,
 }
 
 /// What runc and CRIU are given besides.
@@ -89,6 +92,7 @@ impl Container {
             std::fs::create_dir_all(folder)
                 .context(format!("make the folder {}", folder.display()))?;
         }
+        let note = Note::of_work(&self.bundle, &params.work)?;
         let relay = Relay::listen(&params.images, &params.work)?;
         let gate = Gate::make(&params.work.join(DUMP_GATE)).context("make the dump's gate")?;
         let on_top = self.prepare_on_top(&params).await?;
@@ -126,7 +130,17 @@ impl Container {
         self.write_record(&params, line.version().unwrap_or_default()).await?;
         let (container, waiting) = (self.clone(), Some(waiting));
         let tar = tar.map(|tar| tar.0);
-        Ok(PreparedDump { container, params, runc, line, waiting, tar, _gate: gate, held: false })
+        Ok(PreparedDump {
+            container,
+            params,
+            runc,
+            line,
+            waiting,
+            tar,
+            _gate: gate,
+            held: false,
+            _note: note,
+        })
     }
 }
 
@@ -224,14 +238,16 @@ impl PreparedDump {
     }
 
     /// Lets CRIU end, and waits for it and runc. The tasks are as they were before the dump, or
-    /// before its gate if there was none.
-    pub(crate) async fn finish(mut self) {
+    /// before its gate if there was none; or are to `end` now.
+    pub(crate) async fn finish(mut self, end: bool) {
         self.let_go();
         let start = Instant::now();
         if let Err(err) = self.runc.wait(END).await
             && self.held
         {
             warn!("runc after the dump, {:?}: {err}", start.elapsed());
+            // CRIU frees the connections at its end, to which it has not come.
+            self.container.free_connections(&self.params.work, end).await;
         }
         // CRIU's library has written its report there until now.
         self.container.remove_hiding();
@@ -295,7 +311,7 @@ impl Container {
             }
             Err(err) => {
                 drop((line, gate));
-                let err = explain(err, "restore", &attempt.log);
+                let err = attempt.failed(err);
                 self.never_ran(&mut attempt, None).await;
                 Err(err)
             }
@@ -327,16 +343,16 @@ impl PreparedRestore {
                     Ok(Some(pid)) if pid > 0 => Ok(pid),
                     Ok(_) => {
                         // CRIU has gone, and its tasks with it, unless it was killed.
-                        container.kill_tasks();
+                        container.kill_tasks(&attempt);
                         Err(match attempt.runc.wait(END).await {
                             Ok(()) => Error::internal("runc has ended before the restore"),
-                            Err(err) => explain(err, "restore", &attempt.log),
+                            Err(err) => attempt.failed(err),
                         })
                     }
                     Err(_) => {
                         attempt.runc.child.kill_group();
                         let err = Error::deadline_exceeded(format!("not held after {deadline:?}"));
-                        Err(explain(err, "restore", &attempt.log))
+                        Err(attempt.failed(err))
                     }
                 }
             }

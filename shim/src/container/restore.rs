@@ -1,35 +1,28 @@
 //! Restoring a container: at once, or held at CRIU's post-restore until somebody has decided.
 
-use super::checkpoint::{explain, utf8};
+use super::attempt::Attempt;
+use super::checkpoint::utf8;
 use super::network::Network;
 use super::relay::{Line, Relay};
 use super::{Container, read_pid};
 use crate::error::{Context as _, Error, Result};
 use crate::io::ProcessIo;
-use crate::reaper::{Child, Exit, Window};
-use crate::runtime::Running;
+use crate::reaper::Child;
 use crate::state::{Op, Status, admit};
+use crate::strays;
 use ferry_oci::criu::{CONFIG_ENV, Config, DumpRecord, Hold};
+use ferry_oci::paths;
 use ferry_oci::runc::Restore;
 use log::warn;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
 /// How long a restore asked for through the Task API may take.
 const DEADLINE: Duration = Duration::from_secs(600);
-/// How long a refused restore may take to undo itself.
-const UNDO: Duration = Duration::from_secs(20);
-/// How long CRIU may take to end its tasks in good order.
-const ORDERLY: Duration = Duration::from_millis(500);
-/// How long tasks that were killed may take to leave their cgroups, and how often that is looked at.
-const TASKS: Duration = Duration::from_secs(2);
-const BETWEEN: Duration = Duration::from_millis(20);
-/// Exit code of a task that was never restored.
-const NEVER_RAN: u32 = 128 + 9;
 
 /// What is added to runc's environment.
 pub(super) type Env = Vec<(&'static str, PathBuf)>;
@@ -56,13 +49,6 @@ pub(crate) struct HoldParams {
     pub(crate) namespaces: Option<String>,
     /// File that the release makes before anything runs; see [`Hold::prepare`].
     pub(crate) decided: Option<PathBuf>,
-}
-
-/// A restore under way: runc, and what is needed to take over the process it makes.
-pub(super) struct Attempt {
-    pub(super) runc: Running,
-    window: Window,
-    pub(super) log: PathBuf,
 }
 
 /// What holds a restore.
@@ -113,7 +99,7 @@ impl Container {
         let mut attempt = self.begin(&params, None, &env)?;
         let result = match attempt.runc.wait(deadline).await {
             Ok(()) => self.connect_terminal().await.and_then(|()| read_pid(&self.init_pid_file())),
-            Err(err) => Err(explain(err, "restore", &attempt.log)),
+            Err(err) => Err(attempt.failed(err)),
         };
         match result {
             Ok(pid) => {
@@ -228,11 +214,14 @@ impl Container {
         let netns = self.netns_for_criu(options.in_netns)?;
         let stdio = self.inner().child_io.take();
         let stdio = stdio.ok_or_else(|| Error::failed_precondition("restored once already"))?;
+        let owns_cgroups = strays::claim_cgroups(&self.bundle)?;
         let window = self.runtime.reaper.window();
         let mut all = vec![(CONFIG_ENV, config)];
         all.extend_from_slice(env);
         let runc = self.runtime.start(&verb, stdio, &all, netns.as_ref())?;
-        Ok(Attempt { runc, window, log: params.work.join("restore.log") })
+        let log = params.work.join("restore.log");
+        let logs = paths::logs(&self.namespace, &self.id);
+        Ok(Attempt { runc, window, log, logs, owns_cgroups })
     }
 
     /// A terminal arrives with runc's return, and a held restore goes on before that.
@@ -253,6 +242,7 @@ impl Container {
 
     /// The restored task runs: it is watched, and its start is published. Holds `op`.
     fn runs(self: &Arc<Self>, init: Child) -> u32 {
+        strays::give_up_claim(&self.bundle);
         self.inner().pid = init.pid() as u32;
         let pid = self.started();
         let path = self.cgroups_path().unwrap_or_default();
@@ -262,51 +252,8 @@ impl Container {
     }
 
     /// Where the bundle's spec wants its cgroups.
-    fn cgroups_path(&self) -> Result<Option<PathBuf>> {
+    pub(super) fn cgroups_path(&self) -> Result<Option<PathBuf>> {
         Ok(self.spec()?.linux().as_ref().and_then(|linux| linux.cgroups_path().clone()))
-    }
-
-    /// The restore has failed or was refused: nothing of it is left and the task is stopped.
-    /// Holds `op`.
-    pub(super) async fn never_ran(&self, attempt: &mut Attempt, init: Option<&Child>) {
-        if let Some(init) = init {
-            let _ = self.runtime.reaper.signal(init.pid(), 9);
-        }
-        // CRIU ends its tasks itself, unless it was killed.
-        if timeout(ORDERLY, attempt.runc.child.wait()).await.is_err() {
-            self.kill_tasks();
-        }
-        if let Err(err) = attempt.runc.wait(UNDO).await {
-            log::debug!("the restore of {} has ended: {err}", self.id);
-        }
-        if let Err(err) = self.runtime.delete(&self.id, true).await {
-            warn!("remove a failed restore of {}: {err}", self.id);
-        }
-        match self.cgroups_path() {
-            Ok(Some(path)) => remove_cgroups(&path).await,
-            Ok(None) => {}
-            Err(err) => warn!("remove the cgroups of {}: {err}", self.id),
-        }
-        self.record_exit(Exit::now(NEVER_RAN));
-    }
-
-    /// Kills whatever a restore has made that has come to no good: runc would wait 10 s for it, and leave
-    /// it alive.
-    pub(super) fn kill_tasks(&self) {
-        match self.cgroups_path() {
-            Ok(Some(path)) => ferry_oci::cgroups::kill_members(&path),
-            Ok(None) => {}
-            Err(err) => warn!("kill the tasks of {}: {err}", self.id),
-        }
-    }
-}
-
-/// Of a restore whose runc was killed before it could. Its tasks may still be there.
-async fn remove_cgroups(path: &Path) {
-    let start = Instant::now();
-    while !ferry_oci::cgroups::remove_empty(path) && start.elapsed() < TASKS {
-        ferry_oci::cgroups::kill_members(path);
-        sleep(BETWEEN).await;
     }
 }
 
@@ -333,11 +280,11 @@ async fn until_held(hold: &mut Hold, attempt: &mut Attempt, deadline: Duration) 
     });
     match outcome.await {
         Ok(Ok(pid)) => pid,
-        Ok(Err(exit)) => Err(explain(attempt.runc.failure(exit.status), "restore", &attempt.log)),
+        Ok(Err(exit)) => Err(attempt.failed(attempt.runc.failure(exit.status))),
         Err(_) => {
             attempt.runc.child.kill_group();
             let err = Error::deadline_exceeded(format!("not held after {deadline:?}"));
-            Err(explain(err, "restore", &attempt.log))
+            Err(attempt.failed(err))
         }
     }
 }
@@ -443,7 +390,7 @@ async fn returned(attempt: &mut Attempt) -> Result<()> {
     let exit = attempt.runc.child.wait().await;
     match exit.status {
         0 => Ok(()),
-        status => Err(explain(attempt.runc.failure(status), "restore", &attempt.log)),
+        status => Err(attempt.failed(attempt.runc.failure(status))),
     }
 }
 

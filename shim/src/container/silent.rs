@@ -4,6 +4,7 @@
 use super::Container;
 use super::network::Network;
 use crate::error::{Context as _, Error, Result};
+use crate::rules::Note;
 use crate::state::Status;
 use ferry_oci::cgroups;
 use ferry_oci::criu::{DumpOptions, DumpRecord, Locked, NetworkLock};
@@ -34,6 +35,8 @@ const FREEZER: Duration = Duration::from_secs(10);
 pub(crate) struct Silent {
     freezer: Option<Freezer>,
     lock: Option<(Arc<Netns>, String)>,
+    /// Should the shim be killed, the lock goes with the container.
+    note: Option<Note>,
 }
 
 impl Container {
@@ -46,7 +49,8 @@ impl Container {
         let Some(netns) = self.lasting_network()? else { return Ok(None) };
         let mut silent = self.stand_still().await?.unwrap_or_default();
         match self.lock_connections(&netns).await {
-            Ok(locked) => {
+            Ok((locked, note)) => {
+                silent.note = note;
                 silent.lock = locked.as_ref().map(|locked| (netns, locked.id.clone()));
                 if locked.is_some() {
                     // It keeps nothing else from passing than CRIU's own would.
@@ -95,7 +99,7 @@ impl Container {
         }
         let freeze = freezer.clone();
         blocking(move || freeze.freeze_for_dump(FREEZER)).await?.context("freeze the container")?;
-        Ok(Some(Silent { freezer: Some(freezer), lock: None }))
+        Ok(Some(Silent { freezer: Some(freezer), ..Silent::default() }))
     }
 
     /// Ends frozen tasks, which end a moment later. Their sockets are taken out of the protocol first, so that
@@ -119,20 +123,22 @@ impl Container {
         Ok(())
     }
 
-    async fn lock_connections(&self, netns: &Arc<Netns>) -> Result<Option<Locked>> {
+    async fn lock_connections(&self, netns: &Arc<Netns>) -> Result<(Option<Locked>, Option<Note>)> {
         let (init, netns) = (self.snapshot().pid, netns.clone());
-        let lock = move || -> Result<Option<Locked>> {
+        let bundle = self.bundle.clone();
+        let lock = move || {
             // Not by runc: it would take as long as the dump.
             let pids = cgroups::processes(init).context("list the processes")?;
             let pids: Vec<u32> = pids.into_iter().filter_map(|pid| pid.try_into().ok()).collect();
             let connections = of(&pids)?;
             if connections.is_empty() {
-                return Ok(None);
+                return Ok((None, None));
             }
             let id = new_id().context("choose an id for the lock")?;
+            let note = Note::of_lock(&bundle, &id)?;
             lock(&netns, &id, &connections, HOLD)?;
             let until = now() + HOLD.as_secs();
-            Ok(Some(Locked { id, until, connections }))
+            Ok((Some(Locked { id, until, connections }), Some(note)))
         };
         blocking(lock).await?
     }
@@ -155,7 +161,7 @@ impl Container {
             lock(&inside, &id, &missing, left.max(RESTORE))
         };
         blocking(relock).await??;
-        Ok(Some(Silent { freezer: None, lock: Some((netns, locked.id)) }))
+        Ok(Some(Silent { lock: Some((netns, locked.id)), ..Silent::default() }))
     }
 
     /// The network that its connections are in, if that outlives it.
@@ -172,6 +178,11 @@ impl Container {
 }
 
 impl Silent {
+    /// The connections stay locked, whatever becomes of the shim.
+    pub(crate) fn keep(mut self) {
+        self.note = None;
+    }
+
     /// Unlocks the connections, and lets the container run if it did.
     pub(crate) async fn speak(self) {
         let undo = move || {

@@ -109,10 +109,10 @@ impl AtSource {
         removed.await.context("unlock")?.context("unlock")
     }
 
-    /// Lets a dump end that was prepared, with the tasks as they were.
-    async fn end_dump(&mut self) {
+    /// Lets a dump end that was prepared, with the tasks as they were, or about to `end`.
+    async fn end_dump(&mut self, end: bool) {
         if let Some(dump) = self.dump.take() {
-            dump.finish().await;
+            dump.finish(end).await;
         }
         self.tmpfs = None;
         let _ = std::fs::remove_dir_all(self.work());
@@ -151,7 +151,7 @@ impl Move {
             Ok(dump) => source.dump = Some(dump),
             Err(error) => {
                 let _ = std::fs::remove_dir_all(&images);
-                source.end_dump().await;
+                source.end_dump(false).await;
                 if let Err(error) = source.remove_lock().await {
                     warn!("{error}");
                 }
@@ -347,7 +347,7 @@ impl Move {
         if exit {
             // No pause has to be short, and with CRIU's end its statistics are there. It leaves the cgroup
             // frozen.
-            source.end_dump().await;
+            source.end_dump(false).await;
         }
         still_frozen(source)?;
         if exit {
@@ -360,7 +360,7 @@ impl Move {
     pub(super) async fn thaw(&self, side: &mut Side) -> Result<()> {
         let source = at_source(side)?;
         // CRIU must have let go of the tasks before they run.
-        source.end_dump().await;
+        source.end_dump(false).await;
         // Unlocked first, or the program would see its packets refused.
         if let Some(silent) = source.silent.take() {
             silent.speak().await;
@@ -426,7 +426,7 @@ impl Move {
         if source.reservation.is_none() {
             return Ok(());
         }
-        source.end_dump().await;
+        source.end_dump(true).await;
         end_tasks(source).await?;
         source.reservation = None;
         source.ready = Ready::default();
@@ -446,11 +446,11 @@ impl Move {
     /// Ends the frozen tasks of a checkpoint, whose connections stay locked.
     pub(super) async fn end(&self, side: &mut Side) -> Result<()> {
         let source = at_source(side)?;
-        source.end_dump().await;
+        source.end_dump(true).await;
         end_tasks(source).await?;
         source.reservation = None;
         source.ready = Ready::default();
-        source.silent = None;
+        source.silent.take().into_iter().for_each(Silent::keep);
         if let Err(error) = source.remove_lock().await {
             warn!("{error}");
         }
