@@ -149,7 +149,8 @@ impl Container {
         Ok(())
     }
 
-    /// Removes the task: runc's state, the streams, the root file system.
+    /// Removes the task: runc's state, the streams, the root file system. When that fails the task stays as
+    /// it was, stopped at the latest, and may be deleted again.
     pub(crate) async fn delete(&self) -> Result<Snapshot> {
         let _op = self.op.write().await;
         self.admit(Op::Delete)?;
@@ -161,12 +162,11 @@ impl Container {
             // Its exit handler waits for `op`: the exit is then published after the delete.
             self.record_exit(Exit::now(128 + SIGKILL));
         }
-        let (io, child_io, execs) = {
+        let (io, child_io) = {
             let mut inner = self.inner();
-            inner.status = Status::Deleted;
-            (inner.io.take(), inner.child_io.take(), std::mem::take(&mut inner.execs))
+            (inner.io.take(), inner.child_io.take())
         };
-        drop((child_io, execs));
+        drop(child_io);
         self.end_pre_dumps().await;
         if let Some(io) = io {
             io.close().await;
@@ -174,7 +174,14 @@ impl Container {
         if let Err(err) = cleanup::remove(&paths::terminal(&self.namespace, &self.id)) {
             warn!("the FIFOs of a terminal stay: {err}");
         }
+        // Somebody may be in it.
         mounts::umount_async(self.rootfs()).await?;
+        let execs = {
+            let mut inner = self.inner();
+            inner.status = Status::Deleted;
+            std::mem::take(&mut inner.execs)
+        };
+        drop(execs);
         let mut snapshot = self.snapshot();
         let exit = *snapshot.exit.get_or_insert_with(|| Exit::now(0));
         self.events.send(TaskDelete {

@@ -130,6 +130,25 @@ fn never_started(stage: &Stage<'_>) -> Result<String> {
     stage.order("created")
 }
 
+/// Somebody is in its root for longer than an unmount is tried: the task stays, with its exit code, and is
+/// removed, once, by whoever asks again.
+fn busy(stage: &Stage<'_>) -> Result<String> {
+    let id = "busy";
+    stage.hand.create(stage.shim, id, &["sh", "-c", "exit 7"])?;
+    stage.shim.start(id, "")?;
+    stage.shim.wait(id, "")?;
+    let inside = format!("cd /run/by-hand/{id}/rootfs && echo inside && exec sleep 1000");
+    let mut inside = stage.hand.host.spawn(&inside)?;
+    inside.wait_for("inside", SOON)?;
+    let refused = stage.shim.delete(id, "").is_err();
+    let state = stage.shim.state(id, "")?;
+    let kept = state.status.enum_value() == Ok(api::Status::STOPPED) && state.exit_status == 7;
+    inside.stop()?;
+    let code = stage.shim.delete(id, "")?;
+    let order = stage.order(id)?;
+    Ok(format!("{order}, refused {refused}, kept {kept}, exit code {code}"))
+}
+
 /// Its place among the others is not fixed: the kernel tells of it, and of the exit, on its own.
 fn out_of_memory(stage: &Stage<'_>) -> Result<String> {
     let id = "oom";
@@ -152,7 +171,7 @@ fn out_of_memory(stage: &Stage<'_>) -> Result<String> {
 
 type Order = (&'static str, fn(&Stage<'_>) -> Result<String>);
 
-const ORDERS: [Order; 10] = [
+const ORDERS: [Order; 11] = [
     ("killed", killed),
     ("ends at once", short),
     ("exec killed", exec),
@@ -162,6 +181,7 @@ const ORDERS: [Order; 10] = [
     ("checkpointed", checkpointed),
     ("restored", restored),
     ("deleted before its start", never_started),
+    ("deleted while its root is busy", busy),
     ("out of memory", out_of_memory),
 ];
 
