@@ -1,6 +1,5 @@
 //! The Task service: translates requests, and lets nothing be cancelled half-way.
 
-use crate::boot::Socket;
 use crate::container::{Container, CreateRequest, ExecRequest, Snapshot};
 use crate::containers::Containers;
 use crate::error::{Context as _, Error, Result};
@@ -16,19 +15,18 @@ use containerd_shim::protos::protobuf::well_known_types::timestamp::Timestamp;
 use containerd_shim::protos::protobuf::{EnumOrUnknown, Message, MessageField};
 use containerd_shim::protos::shim::oci::ProcessDetails;
 use containerd_shim::{Task, TtrpcContext, TtrpcResult};
-use log::{debug, info, warn};
+use log::{debug, warn};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The Task service of this shim.
 pub(crate) struct Service {
     containers: Arc<Containers>,
-    socket: Arc<Socket>,
 }
 
 impl Service {
-    pub(crate) fn new(containers: Arc<Containers>, socket: Arc<Socket>) -> Self {
-        Self { containers, socket }
+    pub(crate) fn new(containers: Arc<Containers>) -> Self {
+        Self { containers }
     }
 
     fn get(&self, id: &str) -> Result<Arc<Container>> {
@@ -178,14 +176,9 @@ impl Task for Service {
         let containers = self.containers.clone();
         let id = req.id.clone();
         complete("delete", &id, async move {
-            let container = containers.get(&req.id)?;
             let snapshot = match req.exec_id.as_str() {
-                "" => {
-                    let snapshot = container.delete().await?;
-                    containers.remove(&req.id);
-                    snapshot
-                }
-                exec => container.delete_exec(exec).await?,
+                "" => containers.delete(&req.id).await?,
+                exec => containers.get(&req.id)?.delete_exec(exec).await?,
             };
             let exit = snapshot.exit.unwrap_or_else(|| Exit::now(0));
             Ok(api::DeleteResponse {
@@ -283,13 +276,12 @@ impl Task for Service {
         })
     }
 
-    async fn shutdown(&self, _: &TtrpcContext, _: api::ShutdownRequest) -> TtrpcResult<api::Empty> {
-        if self.containers.is_empty() {
-            info!("shutdown asked for");
-            // Before the answer: who asks for another task then must not be sent here.
-            self.socket.remove();
-            self.containers.exit.signal();
-        }
+    async fn shutdown(
+        &self,
+        _: &TtrpcContext,
+        req: api::ShutdownRequest,
+    ) -> TtrpcResult<api::Empty> {
+        self.containers.shutdown(&req.id);
         Ok(api::Empty::default())
     }
 

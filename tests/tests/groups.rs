@@ -3,7 +3,8 @@
 use anyhow::{Result, ensure};
 use ferry_tests::by_hand::ByHand;
 use ferry_tests::ctr::{
-    FERRY, IDLE, RUNTIMES, assert_nothing_left, remove, shims, start, status, wait_for_status,
+    BUSYBOX, FERRY, IDLE, RUNTIMES, SOON, assert_nothing_left, remove, shims, start, status,
+    wait_for_status,
 };
 use ferry_tests::task::{V3, api};
 use ferry_tests::{Host, task_lab};
@@ -132,9 +133,7 @@ fn what_takes_long_for_one_container_does_not_hold_up_another() -> Result<()> {
         }
         assert_eq!(shims(host)?.len(), 1, "{runtime}");
         let mut pause = host.spawn("exec ctr task pause slow")?;
-        host.wait_until("runc is asked to pause it", |host| {
-            host.output("pgrep -f 'sbin/runc.* pause'").is_ok_and(|o| o.status.success())
-        })?;
+        until_asked(host, "pause")?;
         exec(host, "quick")?;
         ensure!(!pause.ended()?, "{runtime}: another container has waited for a slow one");
         wait_for_status(host, "slow", "PAUSED")?;
@@ -143,6 +142,51 @@ fn what_takes_long_for_one_container_does_not_hold_up_another() -> Result<()> {
             remove(host, id)?;
         }
         check_what_is_left(host, runtime)?;
+    }
+    Ok(())
+}
+
+/// Waits until a host's runc is asked for `verb`.
+fn until_asked(host: &Host, verb: &str) -> Result<()> {
+    host.wait_until(&format!("runc is asked to {verb}"), |host| {
+        let asked = host.output(&format!("pgrep -f 'sbin/runc.* {verb}'"));
+        asked.is_ok_and(|o| o.status.success())
+    })
+}
+
+/// Not with the reference: it answers nothing until its runc has ended.
+#[test]
+fn a_create_that_is_given_up_leaves_no_shim_and_its_id_is_free() -> Result<()> {
+    let lab = task_lab()?;
+    let host = lab.host("a");
+    wrap_runc(host, "case \"$*\" in *\" create \"*) [ ! -e /tmp/slow ] || sleep 8 ;; esac")?;
+    for annotation in ["", GROUP] {
+        let others = usize::from(!annotation.is_empty());
+        if others > 0 {
+            start(host, FERRY, annotation, "other", IDLE)?;
+        }
+        host.run("touch /tmp/slow")?;
+        let run = format!("exec ctr run -d --runtime {FERRY} {annotation} {BUSYBOX} t {IDLE}");
+        let run = host.spawn(&run)?;
+        until_asked(host, "create")?;
+        host.run("pkill -9 -x ctr; rm /tmp/slow")?;
+        run.wait(SOON)?;
+        // runc goes on for some seconds after containerd has asked the shim to end.
+        host.wait_until("runc has ended, and the shim if it has no other container", |host| {
+            let runc = host.output("pgrep -f 'sbin/runc.* create'");
+            let ended = runc.is_ok_and(|o| !o.status.success());
+            ended && shims(host).is_ok_and(|shims| shims.len() == others)
+        })?;
+        host.run("ctr container rm t")?;
+        start(host, FERRY, annotation, "t", IDLE)?;
+        assert_eq!(shims(host)?.len(), 1, "{annotation}");
+        exec(host, "t")?;
+        remove(host, "t")?;
+        if others > 0 {
+            exec(host, "other")?;
+            remove(host, "other")?;
+        }
+        assert_nothing_left(host)?;
     }
     Ok(())
 }

@@ -20,7 +20,6 @@ mod serve;
 mod spec;
 mod start;
 
-pub(crate) use serve::Socket;
 pub(crate) use start::{ADDRESS, is_dead};
 
 use anyhow::{Result, bail, ensure};

@@ -73,9 +73,14 @@ async fn serve(flags: &Flags, containerd: &str, listener: UnixListener) -> Resul
     // The Go shim writes its stacks then: who asks for them must not end this one. A handler stays.
     signal(SignalKind::user_defined1()).map(drop).context("listen for signals")?;
     let events = Arc::new(Events::start(containerd, &flags.namespace));
-    let containers =
-        Containers::new(&flags.namespace, Reaper::start()?, events.clone(), exit.clone());
-    let mut server = task_server(listener, Service::new(containers.clone(), socket.clone()))?;
+    let (its_socket, its_exit) = (socket.clone(), exit.clone());
+    let end = move || {
+        // Before the answer to who asks for the end: who asks for another task then must not be sent here.
+        its_socket.remove();
+        its_exit.signal();
+    };
+    let containers = Containers::new(&flags.namespace, Reaper::start()?, events.clone(), end);
+    let mut server = task_server(listener, Service::new(containers.clone()))?;
     server.start().await.context("serve the Task service")?;
     let _ferry = ferry::serve(containers)
         .await
@@ -97,7 +102,7 @@ fn task_server(listener: UnixListener, service: Service) -> Result<Server> {
 }
 
 /// The socket's file, which goes when nobody serves it any more.
-pub(crate) struct Socket {
+struct Socket {
     path: Option<PathBuf>,
     gone: AtomicBool,
 }
@@ -110,7 +115,7 @@ impl Socket {
     }
 
     /// Nobody is sent here any more. What is there of another shim by then stays.
-    pub(crate) fn remove(&self) {
+    fn remove(&self) {
         if self.gone.swap(true, Ordering::AcqRel) {
             return;
         }

@@ -12,6 +12,8 @@ mod checkpoint;
 mod create;
 mod exec;
 mod exit;
+#[cfg(test)]
+pub(crate) mod fake;
 mod lifecycle;
 mod network;
 mod pages;
