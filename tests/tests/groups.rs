@@ -1,6 +1,8 @@
 //! Containers that share a shim: those of a pod, and those of a named group.
 
-use anyhow::{Result, ensure};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
 use ferry_tests::by_hand::ByHand;
 use ferry_tests::ctr::{
     BUSYBOX, FERRY, IDLE, RUNTIMES, SOON, assert_nothing_left, remove, shims, start, status,
@@ -152,6 +154,31 @@ fn until_asked(host: &Host, verb: &str) -> Result<()> {
         let asked = host.output(&format!("pgrep -f 'sbin/runc.* {verb}'"));
         asked.is_ok_and(|o| o.status.success())
     })
+}
+
+#[test]
+fn a_kill_does_not_wait_for_an_exec_whose_start_hangs() -> Result<()> {
+    let lab = task_lab()?;
+    let host = lab.host("a");
+    wrap_runc(
+        host,
+        "case \"$*\" in *\" exec \"*) while [ -e /tmp/hang ]; do sleep 0.1; done ;; esac",
+    )?;
+    start(host, FERRY, "", "t", IDLE)?;
+    host.run("touch /tmp/hang")?;
+    let exec = host.spawn("exec ctr task exec --exec-id e t true")?;
+    until_asked(host, "exec")?;
+    // It may not begin before the start is over.
+    let mut pause = host.spawn("exec ctr task pause t")?;
+    std::thread::sleep(Duration::from_secs(1));
+    ensure!(!pause.ended()?, "a pause in the middle of an exec's start");
+    host.run("timeout 5 ctr task kill -s KILL t").context("the kill waits")?;
+    host.run("rm /tmp/hang")?;
+    exec.wait(SOON)?;
+    pause.wait(SOON)?;
+    wait_for_status(host, "t", "STOPPED")?;
+    assert_eq!(remove(host, "t")?, 137);
+    assert_nothing_left(host)
 }
 
 /// Not with the reference: it answers nothing until its runc has ended.

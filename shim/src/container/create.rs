@@ -19,7 +19,7 @@ use serde::Deserialize;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use tokio::sync::{RwLock, watch};
+use tokio::sync::watch;
 
 /// What Create is given.
 pub(crate) struct CreateRequest {
@@ -63,7 +63,7 @@ impl Container {
             runtime,
             events: containers.events.clone(),
             shares_pids,
-            op: RwLock::new(()),
+            op: Default::default(),
             pre_dumps: Default::default(),
             inner: Mutex::new(inner),
             exited: watch::Sender::new(None),

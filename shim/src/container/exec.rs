@@ -153,8 +153,8 @@ impl Container {
 
     /// Runs the process of an exec; returns its pid.
     pub(crate) async fn start_exec(self: &Arc<Self>, id: &str) -> Result<u32> {
-        // For reading: many execs start at the same time, and init's exit waits for them.
-        let _op = self.op.read().await;
+        // Many execs start at the same time, and init's exit waits for them.
+        let _op = self.op.start_exec().await;
         self.admit(Op::Exec)?;
         let exec = self.get_exec(id)?;
         let exec_op = exec.op.lock().await;
@@ -287,7 +287,34 @@ impl Drop for TempFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::container::fake;
     use containerd_shim::protos::ttrpc::Code;
+    use std::time::Duration;
+    use tokio::time::{sleep, timeout};
+
+    const A_MOMENT: Duration = Duration::from_millis(50);
+
+    #[test]
+    fn a_kill_does_not_wait_for_an_exec_that_is_being_started() {
+        fake::with(|fake| async move {
+            let container = fake.with_exec("t", "e").await;
+            fake.stop_at("exec");
+            let starting = container.clone();
+            let start = tokio::spawn(async move { starting.start_exec("e").await });
+            fake.until_stopped("exec").await;
+            // It would change the state, and has to wait for the start.
+            let waiting = container.clone();
+            let delete = tokio::spawn(async move { waiting.delete().await });
+            sleep(A_MOMENT).await;
+            let killed = timeout(Duration::from_secs(5), container.kill(9, false)).await;
+            assert!(!delete.is_finished() && !start.is_finished());
+            killed.expect("the kill waits").unwrap();
+            fake.go_on("exec", "succeed");
+            start.await.unwrap().unwrap();
+            let err = delete.await.unwrap().unwrap_err();
+            assert_eq!(err.code(), Code::FAILED_PRECONDITION);
+        });
+    }
 
     #[test]
     fn the_request_decides_whether_there_is_a_terminal() {

@@ -2,8 +2,9 @@
 //!
 //! Two locks, so that a dump of seconds does not hide the task from `State`:
 //! - `op` orders the slow work. Whatever changes the task's state takes it for writing; what only
-//!   needs the state to stay (exec, kill) takes it for reading. Events are sent while it is held,
-//!   which is why a task's exit is never reported before its start.
+//!   needs the state to stay (exec, kill) takes it for reading, and a kill does not wait for an exec that
+//!   is being started. Events are sent while it is held, which is why a task's exit is never reported
+//!   before its start.
 //! - `inner` guards the few fields, for moments only, never across an await.
 
 mod arrival;
@@ -16,6 +17,7 @@ mod exit;
 pub(crate) mod fake;
 mod lifecycle;
 mod network;
+mod op;
 mod pages;
 mod part;
 mod predump;
@@ -48,7 +50,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::{RwLock, watch};
+use tokio::sync::watch;
 
 /// A container and its task.
 pub(crate) struct Container {
@@ -61,7 +63,7 @@ pub(crate) struct Container {
     events: Arc<Events>,
     /// The container has no pid namespace of its own: its processes outlive init.
     shares_pids: bool,
-    op: RwLock<()>,
+    op: op::Ops,
     /// The pre-dumps that a dump may build on.
     pre_dumps: predump::PreDumps,
     inner: Mutex<Inner>,
