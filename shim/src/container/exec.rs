@@ -142,8 +142,7 @@ impl Container {
 
     /// The exec `id`; NOT_FOUND if there is none.
     pub(crate) fn get_exec(&self, id: &str) -> Result<Arc<Exec>> {
-        let exec = self.inner().execs.get(id).cloned();
-        exec.ok_or_else(|| Error::not_found(format!("exec {id:?} not found")))
+        self.inner().execs.get(id).cloned().ok_or_else(|| not_found(id))
     }
 
     /// All execs that have not been deleted.
@@ -158,10 +157,14 @@ impl Container {
         self.admit(Op::Exec)?;
         let exec = self.get_exec(id)?;
         let exec_op = exec.op.lock().await;
-        let status = exec.snapshot().status;
-        if status != Status::Created {
-            let text = format!("cannot start an exec that is {status}");
-            return Err(Error::failed_precondition(text));
+        match exec.snapshot().status {
+            Status::Created => {}
+            // Meanwhile.
+            Status::Deleted => return Err(not_found(id)),
+            status => {
+                let text = format!("cannot start an exec that is {status}");
+                return Err(Error::failed_precondition(text));
+            }
         }
         let child = match self.run_exec(&exec).await {
             Ok(child) => child,
@@ -196,7 +199,8 @@ impl Container {
     }
 
     async fn run_exec(&self, exec: &Exec) -> Result<Child> {
-        let file = |extension: &str| TempFile(self.bundle.join(format!("{}.{extension}", exec.id)));
+        // Init has files there too, and an exec may be called so.
+        let file = |ending: &str| TempFile(self.bundle.join(format!("exec-{}.{ending}", exec.id)));
         let process = file("process.json");
         let pid_file = file("pid");
         std::fs::write(&process.0, &exec.process).context("write the exec's process")?;
@@ -254,18 +258,31 @@ impl Container {
         let exec = self.get_exec(id)?;
         let _op = exec.op.lock().await;
         let mut snapshot = exec.snapshot();
-        if snapshot.status == Status::Running {
-            return Err(Error::failed_precondition("cannot delete an exec that is running"));
+        match snapshot.status {
+            Status::Running => {
+                return Err(Error::failed_precondition("cannot delete an exec that is running"));
+            }
+            Status::Deleted => return Err(not_found(id)),
+            _ => {}
         }
         exec.drain().await;
         self.inner().execs.remove(id);
-        let io = exec.inner().io.take();
+        let io = {
+            let mut inner = exec.inner();
+            // Somebody may have found it before, and wait to start it.
+            inner.status = Status::Deleted;
+            inner.io.take()
+        };
         if let Some(io) = io {
             io.close().await;
         }
         snapshot.exit.get_or_insert_with(|| Exit::now(0));
         Ok(snapshot)
     }
+}
+
+fn not_found(id: &str) -> Error {
+    Error::not_found(format!("exec {id:?} not found"))
 }
 
 /// The process with its terminal as the request wants it, whatever it says itself.
@@ -313,6 +330,37 @@ mod tests {
             start.await.unwrap().unwrap();
             let err = delete.await.unwrap().unwrap_err();
             assert_eq!(err.code(), Code::FAILED_PRECONDITION);
+        });
+    }
+
+    #[test]
+    fn an_exec_that_is_deleted_before_its_start_does_not_run() {
+        fake::with(|fake| async move {
+            let container = fake.with_exec("t", "e").await;
+            let exec = container.get_exec("e").unwrap();
+            let op = exec.op.lock().await;
+            let (first, second, third) = (container.clone(), container.clone(), container.clone());
+            let delete = tokio::spawn(async move { first.delete_exec("e").await });
+            sleep(A_MOMENT).await;
+            let start = tokio::spawn(async move { second.start_exec("e").await });
+            let again = tokio::spawn(async move { third.delete_exec("e").await });
+            sleep(A_MOMENT).await;
+            drop(op);
+            delete.await.unwrap().unwrap();
+            assert_eq!(start.await.unwrap().unwrap_err().code(), Code::NOT_FOUND);
+            assert_eq!(again.await.unwrap().unwrap_err().code(), Code::NOT_FOUND);
+            assert_eq!(exec.snapshot().pid, 0);
+        });
+    }
+
+    #[test]
+    fn an_exec_called_init_leaves_the_files_of_init_alone() {
+        fake::with(|fake| async move {
+            let container = fake.with_exec("t", "init").await;
+            let pid = container.start_exec("init").await.unwrap();
+            let init = read_pid(&container.init_pid_file()).unwrap();
+            assert_eq!(init.cast_unsigned(), container.snapshot().pid);
+            assert_ne!(init.cast_unsigned(), pid);
         });
     }
 
