@@ -222,3 +222,27 @@ fn is_zombie(pid: i32) -> bool {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::container::fake;
+    use containerd_shim::protos::ttrpc::Code;
+
+    #[test]
+    fn a_task_whose_removal_fails_stays_stopped_and_can_be_deleted_again() {
+        fake::with(|fake| async move {
+            let container = fake.containers.create(fake.request("t")).await.unwrap();
+            // What cannot be found cannot be unmounted.
+            std::os::unix::fs::symlink("rootfs", container.rootfs()).unwrap();
+            let failed = fake.containers.delete("t").await.unwrap_err();
+            assert!(failed.to_string().contains("unmount"), "{failed}");
+            let left = container.snapshot();
+            assert_eq!(left.status, Status::Stopped);
+            std::fs::remove_file(container.rootfs()).unwrap();
+            let deleted = fake.containers.delete("t").await.unwrap();
+            assert_eq!((left.exit, left.pid), (deleted.exit, deleted.pid));
+            assert_eq!(container.delete().await.unwrap_err().code(), Code::NOT_FOUND);
+        });
+    }
+}
