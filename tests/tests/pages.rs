@@ -197,13 +197,21 @@ fn the_stream_of_pages_is_had_at_a_socket_of_its_own_and_is_what_the_container_h
     let second = round(&stream, b'r', &mut receiver, &mut store)?;
     ensure!(first > 8 << 20 && second < first, "{first} bytes, then {second}");
     ensure!(!socket.exists(), "a second one could connect");
+    let refused = ferry.call::<Pages>("OpenPages", &request).err().context("beside a stream")?;
+    ensure!(refused.code() == "FAILED_PRECONDITION", "{refused}");
+    let beside = host.output("ferry predump mem")?;
+    ensure!(beside.stderr.contains("streamed already"), "{beside}");
     host.run("ctr task pause mem")?;
+    let refused = ferry.call::<Pages>("OpenPages", &request).err().context("it stands still")?;
+    ensure!(refused.to_string().contains("resume it"), "{refused}");
     round(&stream, b'f', &mut receiver, &mut store)?;
     let compared = compare(host, &store)?;
     ensure!(compared > 3000, "{compared} pages");
     host.run("ctr task resume mem")?;
     drop(stream);
     memory.check().context("at the end")?;
+    // What the stream has kept away may follow at once.
+    host.run("ferry predump mem && ferry predump mem --end")?;
     wait_for_traces(host, &before, "after the stream")
 }
 

@@ -65,6 +65,7 @@ impl Container {
             shares_pids,
             op: Default::default(),
             pre_dumps: Default::default(),
+            stream: Default::default(),
             inner: Mutex::new(inner),
             exited: watch::Sender::new(None),
         });

@@ -66,6 +66,7 @@ pub(crate) struct Container {
     op: op::Ops,
     /// The pre-dumps that a dump may build on.
     pre_dumps: predump::PreDumps,
+    stream: pages::Stream,
     inner: Mutex<Inner>,
     exited: watch::Sender<Option<Exit>>,
 }

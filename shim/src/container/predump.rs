@@ -31,7 +31,7 @@ use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::unix::pipe;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, MutexGuard};
 use tokio::time::timeout;
 
 /// How long a pre-dump may take: it writes all memory to a disk.
@@ -94,17 +94,14 @@ impl Container {
     /// to be the last one. When it fails there is no pre-dump any more, and nothing of `folder`.
     pub(crate) async fn pre_dump(&self, folder: &Path, parent: Option<&Path>) -> Result<PreDumped> {
         let _op = self.op.read().await;
-        self.admit(Op::Checkpoint)?;
-        let snapshot = self.snapshot();
-        let freezer = Freezer::of(snapshot.pid).context("find the freezer")?;
-        if snapshot.status != Status::Running || freezer.is_frozen().context("the freezer")? {
-            return Err(Error::failed_precondition("it stands still: resume it for a pre-dump"));
-        }
+        self.must_move("a pre-dump")?;
         self.must_be_filled().await?;
         if folder.exists() {
             return Err(Error::already_exists(format!("there is {} already", folder.display())));
         }
         let mut slot = self.pre_dumps.chain.lock().await;
+        // With the chain: who opens one looks there.
+        drop(self.no_stream().await?);
         let chain = match parent {
             None => self.begin_chain(&mut slot).await?,
             Some(parent) => {
@@ -119,6 +116,29 @@ impl Container {
         *slot = Some(chain);
         self.pre_dumps.set_last(Some(folder.to_owned()));
         Ok(done)
+    }
+
+    /// Whoever tracks the container's memory stops its processes by ptrace, for which these must run.
+    pub(super) fn must_move(&self, what: &str) -> Result<()> {
+        self.admit(Op::Checkpoint)?;
+        let snapshot = self.snapshot();
+        let freezer = Freezer::of(snapshot.pid).context("find the freezer")?;
+        if snapshot.status != Status::Running || freezer.is_frozen().context("the freezer")? {
+            let text = format!("it stands still: resume it for {what}");
+            return Err(Error::failed_precondition(text));
+        }
+        Ok(())
+    }
+
+    /// Refuses what tracks the container's memory beside pre-dumps, one that is to be completed among them. As
+    /// long as the result is held none begins.
+    pub(super) async fn no_pre_dumps(&self) -> Result<MutexGuard<'_, Option<Chain>>> {
+        let chain = self.pre_dumps.chain.lock().await;
+        if chain.is_some() {
+            let text = "its memory is tracked for pre-dumps: end them first (ferry predump --end)";
+            return Err(Error::failed_precondition(text));
+        }
+        Ok(chain)
     }
 
     /// A chain without a pre-dump. Whatever there was before ends.

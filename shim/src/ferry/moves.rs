@@ -118,6 +118,8 @@ fn open_address(migration: &str) -> Result<()> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
     PreDump,
+    EndPreDumps,
+    OpenPages,
     PrepareDump,
     Freeze,
     Dump,
@@ -137,7 +139,7 @@ pub(super) enum Step {
 fn admit(step: Step, migration: &str, seen: &Seen) -> Result<()> {
     use Phase as P;
     let legal: &[P] = match step {
-        Step::PreDump | Step::PrepareDump => &[P::PHASE_NONE],
+        Step::PreDump | Step::EndPreDumps | Step::OpenPages | Step::PrepareDump => &[P::PHASE_NONE],
         Step::Freeze => &[P::PHASE_NONE, P::PHASE_PREPARED],
         Step::Dump | Step::Checkpoint => &[P::PHASE_FROZEN],
         Step::End => &[P::PHASE_CHECKPOINTED],
@@ -151,7 +153,10 @@ fn admit(step: Step, migration: &str, seen: &Seen) -> Result<()> {
         Step::Abort => &[P::PHASE_NONE, P::PHASE_WAITING, P::PHASE_HELD, P::PHASE_FAILED],
     };
     // What came here and runs here may leave again.
-    let leaves = matches!(step, Step::PreDump | Step::PrepareDump | Step::Freeze);
+    let leaves = matches!(
+        step,
+        Step::PreDump | Step::EndPreDumps | Step::OpenPages | Step::PrepareDump | Step::Freeze
+    );
     let fresh = leaves && seen.phase == P::PHASE_RELEASED;
     if !fresh && !legal.contains(&seen.phase) {
         let phase = format!("{:?}", seen.phase).replace("PHASE_", "").to_lowercase();
@@ -174,8 +179,10 @@ fn admit(step: Step, migration: &str, seen: &Seen) -> Result<()> {
 mod tests {
     use super::*;
 
-    const STEPS: [Step; 14] = [
+    const STEPS: [Step; 16] = [
         Step::PreDump,
+        Step::EndPreDumps,
+        Step::OpenPages,
         Step::PrepareDump,
         Step::Freeze,
         Step::Dump,
@@ -199,10 +206,11 @@ mod tests {
     #[test]
     fn each_phase_has_its_steps_and_no_others() {
         use Step::{
-            Abort, Checkpoint, Commit, Dump, End, Freeze, PreDump, PrepareDump, PrepareRestore,
-            Release, Restore, Retire, Revert, Thaw,
+            Abort, Checkpoint, Commit, Dump, End, EndPreDumps, Freeze, OpenPages, PreDump,
+            PrepareDump, PrepareRestore, Release, Restore, Retire, Revert, Thaw,
         };
-        let first = [PreDump, PrepareDump, Freeze, PrepareRestore, Restore, Abort];
+        let leaving = [PreDump, EndPreDumps, OpenPages, PrepareDump, Freeze];
+        let first = [&leaving[..], &[PrepareRestore, Restore, Abort]].concat();
         assert_eq!(legal(Phase::PHASE_NONE), first);
         assert_eq!(legal(Phase::PHASE_PREPARED), [Freeze, Thaw]);
         assert_eq!(legal(Phase::PHASE_WAITING), [Restore, Abort]);
@@ -213,7 +221,7 @@ mod tests {
         assert_eq!(legal(Phase::PHASE_RETIRED), [Retire]);
         assert_eq!(legal(Phase::PHASE_RESTORING), []);
         assert_eq!(legal(Phase::PHASE_HELD), [Release, Abort]);
-        assert_eq!(legal(Phase::PHASE_RELEASED), [PreDump, PrepareDump, Freeze]);
+        assert_eq!(legal(Phase::PHASE_RELEASED), leaving);
         assert_eq!(legal(Phase::PHASE_FAILED), [Abort]);
     }
 

@@ -206,8 +206,12 @@ impl Ferry for FerryService {
 
     async fn open_pages(&self, _: &TtrpcContext, request: DescribeRequest) -> ttrpc::Result<Pages> {
         let container = self.containers.get(&request.id)?;
+        let a_move = self.moves.of(&request.id);
         finish(async move {
+            let side = a_move.side.lock().await;
+            a_move.admit(Step::OpenPages, "")?;
             let socket = container.open_pages().await?.display().to_string();
+            drop(side);
             Ok(Pages { socket, ..Default::default() })
         })
         .await
@@ -219,8 +223,13 @@ impl Ferry for FerryService {
         request: DescribeRequest,
     ) -> ttrpc::Result<Empty> {
         let container = self.containers.get(&request.id)?;
+        let a_move = self.moves.of(&request.id);
         finish(async move {
+            // Not those that a dump under way builds on.
+            let side = a_move.side.lock().await;
+            a_move.admit(Step::EndPreDumps, "")?;
             container.end_pre_dumps().await;
+            drop(side);
             Ok(Empty::new())
         })
         .await
