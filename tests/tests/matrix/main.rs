@@ -3,6 +3,7 @@
 //! table that `hack/test --all` shows.
 
 mod asked;
+mod contents;
 mod deaths;
 mod differences;
 mod events;

@@ -281,7 +281,7 @@ fn end(hand: &ByHand<'_>, shim: &Shim) -> Result<()> {
 type Part = fn(&ByHand<'_>, &Shim) -> Result<Answers>;
 
 /// Does `part` with both shims, and compares.
-fn both(area: &str, service: &'static str, part: Part) -> Result<()> {
+pub(crate) fn both(area: &str, service: &'static str, part: Part) -> Result<()> {
     let lab = ferry_tests::task_lab()?;
     let hand = ByHand::on(lab.host("a"))?;
     let mut answers = [Answers::new(), Answers::new()];

@@ -2,10 +2,11 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use ferry_tests::by_hand::{ByHand, IDLE, Shim, exec_request};
+use ferry_tests::events::Event;
 use ferry_tests::task::api::{self, Status};
 
 use crate::{Answers, SHIMS, show};
@@ -14,6 +15,11 @@ use crate::{Answers, SHIMS, show};
 /// is ready.
 const LOGGER: &str = "#!/bin/bash
 cat <&3 5>&- >/tmp/logged.out & cat <&4 5>&- >/tmp/logged.err & exec 5>&-; wait";
+/// Bytes that a FIFO and a pipe hold together, and one of them does not.
+const MUCH: &str = "100000";
+/// For less than this, 1 s, a shim waits for a reader.
+const STALL: Duration = Duration::from_millis(800);
+const SOON: Duration = Duration::from_secs(30);
 const TALK: &[&str] = &["sh", "-c", "echo out; echo err >&2; exit 3"];
 const ECHO: &[&str] = &["sh", "-c", "cat; exit 4"];
 const TTY: &[&str] = &["sh", "-c", "test -t 0 && test -t 1 && read x && echo got $x; exit 5"];
@@ -40,7 +46,8 @@ impl Process<'_> {
         if self.exec { ("streams", &self.name) } else { (&self.name, "") }
     }
 
-    fn start(&self, args: &[&str], streams: &Streams) -> Result<()> {
+    /// Its pid.
+    fn start(&self, args: &[&str], streams: &Streams) -> Result<u32> {
         let Streams { stdin, stdout, stderr, terminal } = streams;
         let (id, exec) = self.ids();
         if self.exec {
@@ -62,8 +69,7 @@ impl Process<'_> {
             (request.stderr, request.terminal) = (stderr.clone(), *terminal);
             self.shim.task.call::<api::CreateTaskResponse>("Create", &request)?;
         }
-        self.shim.start(id, exec)?;
-        Ok(())
+        self.shim.start(id, exec).context("start")
     }
 
     /// Waits for its end and removes it; the exit code.
@@ -152,6 +158,40 @@ impl Process<'_> {
         drop(input);
         Ok(format!("{:?} exit {code}", text(&mut out)?))
     }
+
+    /// Writes more than a FIFO holds and ends before anybody has read it: its end must not be told before the
+    /// last byte is in the FIFO. Whether that was seen in the time for which a shim waits for a reader.
+    fn tells_last(&self) -> Result<bool> {
+        let (stdout, mut out) = self.fifo("out")?;
+        let args = ["head", "-c", MUCH, "/dev/zero"];
+        let pid = self.start(&args, &Streams { stdout, ..Default::default() })?;
+        let (id, exec) = self.ids();
+        let told = |events: &[Event]| events.iter().any(|e| e.topic == "exit" && e.exec == exec);
+        let process = self.hand.path(&format!("/proc/{pid}"));
+        let (start, mut alive) = (Instant::now(), Instant::now());
+        loop {
+            let now = Instant::now();
+            if !process.exists() {
+                break;
+            }
+            alive = now;
+            ensure!(start.elapsed() < SOON, "it has not ended");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // Time enough for an event that waits for nothing.
+        std::thread::sleep(Duration::from_millis(200));
+        let early = told(&self.hand.events.of(id));
+        let seen = alive.elapsed() < STALL;
+        let mut bytes = vec![0; 1 << 20];
+        // One read takes all that is there.
+        let mut count = out.read(&mut bytes).context("read a FIFO")?;
+        ensure!(!early || !seen, "its end was told with {count} bytes in the FIFO");
+        self.hand.events.wait_for(id, SOON, told)?;
+        count += out.read(&mut bytes).unwrap_or_default();
+        ensure!(!seen || count.to_string() == MUCH, "{count} bytes when its end was told");
+        self.end()?;
+        Ok(seen)
+    }
 }
 
 /// What is there to be read.
@@ -213,4 +253,28 @@ fn every_kind_of_stream_carries_all_of_it() -> Result<()> {
         hand.clear()?;
     }
     show("streams", &both)
+}
+
+/// Not with the reference, which tells of the end at once.
+#[test]
+fn the_end_of_a_process_is_told_after_its_last_byte() -> Result<()> {
+    let lab = ferry_tests::task_lab()?;
+    let hand = ByHand::on(lab.host("a"))?;
+    let shim = hand.shim(SHIMS[0], "streams", crate::service()?)?;
+    hand.create(&shim, "streams", IDLE)?;
+    shim.start("streams", "")?;
+    for exec in [false, true] {
+        let mut seen = false;
+        for n in 0..10 {
+            let what = if exec { "exec" } else { "task" };
+            let process =
+                Process { hand: &hand, shim: &shim, name: format!("{what}-{n}-that-ends"), exec };
+            seen = process.tells_last().with_context(|| what.to_owned())?;
+            if seen {
+                break;
+            }
+        }
+        ensure!(seen, "the machine is too busy to see it");
+    }
+    Ok(())
 }
