@@ -11,6 +11,7 @@
 //! Between freeze and thaw there is the dump and what has changed of the files since the last look;
 //! compression, digests, the content store and files come after.
 
+mod addresses;
 mod archive;
 mod blobs;
 mod create;

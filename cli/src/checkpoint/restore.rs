@@ -4,7 +4,6 @@
 //! is made from the image, of which nothing is taken that names this host (see [`spec`]).
 //! If it fails, everything is as before.
 
-use std::net::IpAddr;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -14,6 +13,7 @@ use ferry_oci::criu::images::{Asks, Folder, capabilities};
 use ferry_oci::paths;
 use serde_json::Value;
 
+use super::addresses;
 use super::create::{new_id, stopped};
 use super::format::Summary;
 use super::origin::{Base, Origin};
@@ -124,7 +124,6 @@ impl Restore {
         let images = self.place.folder(paths::CHECKPOINT_IMAGES)?;
         self.origin.images(self.store.containerd(), &images).await?;
         let record = DumpRecord::read(&images).context("read the record of the dump")?;
-        self.addresses(record.as_ref())?;
         self.place.plan(&self.plan())?;
         let base = self.origin.base(self.store.containerd(), &self.options.containerd).await?;
         let mut container = match &self.there {
@@ -132,6 +131,8 @@ impl Restore {
             None => self.record_of_checkpoint(&base).await?,
         };
         let spec = container.spec_json()?;
+        // Not before: a path that an image names is only opened once that is allowed.
+        addresses::check(&spec, record.as_ref(), self.options.ip)?;
         self.trust(&spec, &images, record.as_ref())?;
         let (target, chain) = self.image(base, &mut container).await?;
         log::debug!("{} is based on {}", self.id, target.digest);
@@ -195,29 +196,6 @@ impl Restore {
         }
     }
 
-    /// Connections can only come back on an address that is here.
-    fn addresses(&self, record: Option<&DumpRecord>) -> Result<()> {
-        let locked = record.and_then(|record| record.options.locked.as_ref());
-        let Some(locked) = locked else { return Ok(()) };
-        let comes = self.options.ip.map(|cidr| cidr.ip);
-        for connection in &locked.connections {
-            let ip: IpAddr = connection.local.ip().to_canonical();
-            let here = ip.is_loopback() || comes == Some(ip) || address::device_with(ip)?.is_some();
-            ensure!(
-                here || self.in_given_network(),
-                "the connection to {} is on {ip}, which is not here: give --ip {ip}/PREFIX to have it come",
-                connection.remote
-            );
-        }
-        Ok(())
-    }
-
-    /// Whether the container's network is one given by path, whose addresses are not the host's.
-    fn in_given_network(&self) -> bool {
-        let spec = self.there.as_ref().and_then(|(record, _)| record.spec_json().ok());
-        spec.is_some_and(|spec| spec::given_network(&spec).is_some())
-    }
-
     /// A container as the checkpoint has it.
     async fn record_of_checkpoint(&self, base: &Base) -> Result<ContainerRecord> {
         let containerd = self.store.containerd();
@@ -244,13 +222,6 @@ impl Restore {
         }
         let mut spec = spec::canonical(&record.spec.value)?;
         spec::check(&spec, &self.options.allowed)?;
-        if let Some(path) = spec::given_network(&spec) {
-            ensure!(
-                Path::new(path).exists(),
-                "the container's network namespace {path} is not here: make it, with the container's \
-                 addresses"
-            );
-        }
         spec::localize(&mut spec, &self.options.containerd.namespace, &self.id);
         record.set_spec_json(&spec);
         Ok(record)
