@@ -6,11 +6,14 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::linux::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+/// Where network namespaces have names, as ip-netns(8) gives them.
+const NAMED: &str = "/run/netns";
 
 /// A network namespace, kept alive by this.
 #[derive(Debug)]
@@ -78,6 +81,34 @@ impl Netns {
         unsafe { command.pre_exec(enter) };
         Ok(())
     }
+}
+
+/// Does `work` in the calling process's network namespace, on the host its own, and in each that has a name: what
+/// comes of it, with the paths of the named ones. What cannot be entered is left out, as a file that is left
+/// from before a restart.
+pub fn everywhere<T: Send>(work: impl Fn() -> T + Sync) -> Vec<(Option<PathBuf>, T)> {
+    everywhere_in(Path::new(NAMED), work)
+}
+
+fn everywhere_in<T: Send>(named: &Path, work: impl Fn() -> T + Sync) -> Vec<(Option<PathBuf>, T)> {
+    let mut done = vec![(None, work())];
+    let entries = std::fs::read_dir(named).into_iter().flatten().flatten();
+    // Nothing else is opened: that could wait, or do something.
+    let mut paths: Vec<_> = entries.map(|e| e.path()).filter(|path| path.is_file()).collect();
+    paths.sort();
+    let mut seen: Vec<Netns> = Netns::of(std::process::id()).into_iter().collect();
+    for path in paths {
+        let Ok(netns) = Netns::open(&path) else { continue };
+        // It may have several names.
+        if seen.iter().any(|other| netns.is(other).unwrap_or(false)) {
+            continue;
+        }
+        if let Ok(result) = netns.run(&work) {
+            done.push((Some(path), result));
+            seen.push(netns);
+        }
+    }
+    done
 }
 
 /// Brings up the loopback device in the network namespace of process `pid`. CRIU leaves the one it
@@ -183,6 +214,28 @@ mod tests {
 
         assert!(!netns.is_own().unwrap() && netns.is(&netns).unwrap());
         assert!(Netns::of(std::process::id()).unwrap().is_own().unwrap());
+    }
+
+    #[test]
+    fn each_namespace_is_looked_into_once_and_what_is_none_is_left_out() {
+        let own = || std::fs::read_link("/proc/thread-self/ns/net").unwrap();
+        let elsewhere = Elsewhere::start();
+        let named = tempfile::tempdir().unwrap();
+        let name = |name: &str, target: &str| {
+            std::os::unix::fs::symlink(target, named.path().join(name)).unwrap();
+        };
+        name("host", "/proc/self/ns/net");
+        let its = format!("/proc/{}/ns/net", elsewhere.0.id());
+        name("x", &its);
+        name("x-again", &its);
+        name("uts", "/proc/self/ns/uts");
+        name("gone", "/proc/self/ns/no-such");
+        std::fs::write(named.path().join("left"), "").unwrap();
+        std::fs::create_dir(named.path().join("folder")).unwrap();
+        let there = std::fs::read_link(&its).unwrap();
+        let wanted = [(None, own()), (Some(named.path().join("x")), there)];
+        assert_eq!(everywhere_in(named.path(), own), wanted);
+        assert_eq!(everywhere_in(&named.path().join("none"), own).len(), 1);
     }
 
     #[test]

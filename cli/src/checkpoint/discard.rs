@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use ferry_oci::criu::{DumpRecord, Locked, RECORD_FILE};
-use ferry_oci::netns::Netns;
+use ferry_oci::netns::{self, Netns};
 use ferry_oci::quarantine::connections;
 
 use super::archive;
@@ -20,10 +20,17 @@ use crate::wire::stream;
 pub(crate) async fn run(address: &ContainerdAddress, name: &str) -> Result<()> {
     let containerd = Containerd::connect(&address.socket, &address.namespace).await?;
     if Locked::is_id(name) && containerd.image(name).await?.is_none() {
-        if !connections::locked()?.iter().any(|id| id == name) {
-            bail!("there is no lock {name} here, nor a checkpoint of that name");
+        // It may be where the container was, in a network namespace of its own.
+        let mut was_there = false;
+        for (_, released) in netns::everywhere(|| release(name)) {
+            was_there |= released?;
         }
-        return Ok(connections::unlock(name)?);
+        if !was_there {
+            bail!(
+                "there is no lock {name} here or in a named network namespace, nor a checkpoint of that name"
+            );
+        }
+        return Ok(());
     }
     let checkpoint = Checkpoint::open(&containerd, name).await?;
     if let Some(locked) = locked(&containerd, &checkpoint).await? {
@@ -38,6 +45,15 @@ pub(crate) async fn run(address: &ContainerdAddress, name: &str) -> Result<()> {
         }
     }
     Ok(containerd.delete_image(name, true).await?)
+}
+
+/// Removes the lock `id` of the calling thread's network namespace; whether there is one.
+fn release(id: &str) -> Result<bool> {
+    let is_there = connections::locked()?.iter().any(|there| there == id);
+    if is_there {
+        connections::unlock(id)?;
+    }
+    Ok(is_there)
 }
 
 /// What the checkpoint has locked.

@@ -12,6 +12,7 @@ use ferry_oci::quarantine;
 use ferry_oci::sockets::{self, Kind, Outside, Unread};
 
 use super::host::{Host, field};
+use super::locks::{self, Lock};
 use super::mounts::{Mounts, mount_of, mounts};
 use super::{Findings, container_checks, losses};
 use crate::containerd::{Containerd, Task, TaskStatus};
@@ -54,6 +55,8 @@ pub(super) struct Processes {
     pub(super) profiles: BTreeSet<String>,
     /// Tables that criu has left in the container's own network.
     pub(super) criu_tables: Vec<String>,
+    /// Locks of checkpoints in there.
+    pub(super) checkpoint_locks: Vec<Lock>,
 }
 
 /// Adds what is found of container `id`.
@@ -131,7 +134,7 @@ impl Processes {
             sockets: sockets::kinds(pids),
             outside: sockets::outside(pids).unwrap_or_default(),
             unread: sockets::unread(pids).unwrap_or_default(),
-            locks: locks(&read("/proc/locks"), pids),
+            locks: file_locks(&read("/proc/locks"), pids),
             ..Self::default()
         };
         let mounts = mounts(&read(&format!("/proc/{init}/mountinfo")));
@@ -141,9 +144,12 @@ impl Processes {
         if let Ok(netns) = Netns::of(init)
             && netns.is_own().is_ok_and(|own| !own)
         {
-            let tables = netns.run(quarantine::tables);
-            all.criu_tables = tables.ok().and_then(|tables| tables.ok()).unwrap_or_default();
+            let look = || (quarantine::tables().unwrap_or_default(), locks::here());
+            let (tables, locked) = netns.run(look).unwrap_or_default();
+            all.criu_tables = tables;
             all.criu_tables.retain(|table| table.starts_with("CRIU-"));
+            let path = format!("/proc/{init}/ns/net");
+            all.checkpoint_locks = locks::within(Some(Path::new(&path)), locked);
         }
         all
     }
@@ -212,7 +218,7 @@ fn is_usual(device: u64) -> bool {
 }
 
 /// Those of `pids` that hold a lock, of `/proc/locks`.
-fn locks(text: &str, pids: &[u32]) -> BTreeSet<u32> {
+fn file_locks(text: &str, pids: &[u32]) -> BTreeSet<u32> {
     let owner = |line: &str| {
         // `1: POSIX  ADVISORY  WRITE 1234 08:01:77 0 EOF`; one that waits has an arrow.
         if line.contains("->") || line.contains("LEASE") {
@@ -236,8 +242,8 @@ mod tests {
     fn only_locks_that_are_held_count() {
         let text = "1: POSIX  ADVISORY  WRITE 7 08:01:77 0 EOF\n1: -> POSIX ADVISORY WRITE 8 08:01:77 0 EOF\n\
                     2: FLOCK  ADVISORY  WRITE 9 08:01:78 0 EOF\n3: LEASE  ACTIVE  READ 10 08:01:79 0 EOF\n";
-        assert_eq!(locks(text, &[7, 8, 10]), BTreeSet::from([7]));
-        assert_eq!(locks(text, &[9]), BTreeSet::from([9]));
+        assert_eq!(file_locks(text, &[7, 8, 10]), BTreeSet::from([7]));
+        assert_eq!(file_locks(text, &[9]), BTreeSet::from([9]));
     }
 
     #[test]

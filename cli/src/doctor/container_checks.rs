@@ -2,6 +2,7 @@
 
 use super::container::Processes;
 use super::host::{Host, SYS_ADMIN, SYS_RESOURCE};
+use super::locks::Lock;
 use super::{Findings, Severity};
 use crate::describe::checks;
 use crate::describe::container::ContainerFacts;
@@ -25,7 +26,8 @@ pub(super) fn all(
     of_a_move(container, found);
     files(processes, found);
     lost(processes, found);
-    sockets(container, processes, found);
+    sockets(processes, found);
+    left_in_its_network(container, processes, host, found);
     state(container, processes, host, found);
 }
 
@@ -114,7 +116,7 @@ const MPTCP: u32 = 262;
 /// IPPROTO_RAW, and those that programs open raw sockets for: ICMP and ICMPv6.
 const RAW: [u32; 3] = [255, 1, 58];
 
-fn sockets(container: &ContainerFacts, processes: &Processes, found: &mut Findings) {
+fn sockets(processes: &Processes, found: &mut Findings) {
     for socket in &processes.sockets {
         let (pid, fd) = (socket.pid, socket.fd);
         let is_inet = matches!(socket.family, 2 | 10);
@@ -153,10 +155,23 @@ fn sockets(container: &ContainerFacts, processes: &Processes, found: &mut Findin
                     (external_unix_sockets in the Task API's options)";
         found.block("external-unix", what, cure);
     }
+}
+
+fn left_in_its_network(
+    container: &ContainerFacts,
+    processes: &Processes,
+    host: &Host,
+    found: &mut Findings,
+) {
     for table in &processes.criu_tables {
         let what = format!("table {table} of criu silences the network of {}", container.id);
         let cure = format!("nft delete table inet {table} in there, if no criu runs");
         found.block("criu-rules", what, &cure);
+    }
+    // A namespace with a name has been looked into with the host.
+    let is_told = |lock: &&Lock| host.locks.iter().any(|told| told.id == lock.id);
+    for lock in processes.checkpoint_locks.iter().filter(|lock| !is_told(lock)) {
+        lock.tell(found);
     }
 }
 

@@ -6,9 +6,9 @@ use std::process::Command;
 
 use ferry_oci::pages::tracker::{Probe, probe};
 use ferry_oci::quarantine;
-use ferry_oci::quarantine::connections::{self, Remaining};
 use ferry_oci::record::Record;
 
+use super::locks::Lock;
 use crate::describe::host::{HostFacts, in_path, read};
 
 /// What this host is.
@@ -46,8 +46,8 @@ pub(super) struct Host {
     pub(super) tables: Vec<String>,
     /// Rules that CRIU has left among those of iptables.
     pub(super) criu_rules: usize,
-    /// Ferry's own locks of checkpoints, and what they still keep silent.
-    pub(super) locks: Vec<(String, Remaining)>,
+    /// Ferry's own locks of checkpoints, those in named network namespaces too.
+    pub(super) locks: Vec<Lock>,
     /// Migrations that were decided and not finished.
     pub(super) unsettled: usize,
 }
@@ -63,11 +63,6 @@ impl Host {
     pub(super) fn gather(containerd: Result<String, String>, socket: &str) -> Self {
         let status = read("/proc/self/status");
         let base = HostFacts::gather(containerd.clone().unwrap_or_default());
-        let locked = connections::locked().unwrap_or_default();
-        let locks = locked.into_iter().map(|id| {
-            let remaining = connections::remaining(&id).unwrap_or_default();
-            (id, remaining)
-        });
         Self {
             containerd_error: containerd.err(),
             containerd_owner: Path::new(socket).metadata().map_or(0, |meta| meta.uid()),
@@ -93,7 +88,7 @@ impl Host {
                 .map(|program| of_criu(&output(program, &["-t", "filter"])))
                 .max()
                 .unwrap_or(0),
-            locks: locks.collect(),
+            locks: Lock::everywhere(),
             unsettled: Record::all().map_or(0, |records| records.len()),
             base,
         }

@@ -214,21 +214,8 @@ fn firewall(host: &Host, found: &mut Findings) {
 }
 
 fn left_behind(host: &Host, found: &mut Findings) {
-    for (id, remaining) in &host.locks {
-        let (what, cure) = match remaining.connections {
-            0 => (
-                format!("the lock of checkpoint {id} has ended, its table is empty"),
-                format!("none needed; nft delete table inet ferry_checkpoint_{id}"),
-            ),
-            count => (
-                format!(
-                    "{count} connections of checkpoint {id} are kept silent for {} s more",
-                    remaining.seconds
-                ),
-                "ferry restore REF brings them back, ferry discard REF gives them up".to_owned(),
-            ),
-        };
-        found.note("checkpoint-lock", what, &cure);
+    for lock in &host.locks {
+        lock.tell(found);
     }
     if host.unsettled > 0 {
         let what = format!("{} migrations were decided and not finished", host.unsettled);

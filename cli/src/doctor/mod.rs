@@ -11,6 +11,7 @@ mod container;
 mod container_checks;
 mod host;
 mod host_checks;
+mod locks;
 mod losses;
 mod mounts;
 #[cfg(test)]

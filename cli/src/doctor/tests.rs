@@ -8,6 +8,7 @@ use ferry_oci::sockets::{Kind, Outside, Unread};
 
 use super::container::Processes;
 use super::host::Host;
+use super::locks::Lock;
 use super::*;
 use crate::describe::container::{Bind, ContainerFacts, Network};
 use crate::describe::samples;
@@ -126,12 +127,34 @@ fn rules_left_behind_are_told_from_locks_that_are_wanted() {
     let left = of_host(|h| h.tables.push("CRIU-1234".into()));
     assert_eq!(left, [("criu-rules", Warning)]);
     assert_eq!(of_host(|h| h.criu_rules = 8), [("criu-rules", Warning)]);
-    let lock = |connections| {
-        let remaining = Remaining { connections, seconds: 100 };
-        of_host(|h| h.locks = vec![("0123456789abcdef".into(), remaining)])
-    };
+    let lock = |connections| of_host(|h| h.locks = vec![lock(connections, None)]);
     assert_eq!(lock(2), [("checkpoint-lock", Note)]);
     assert_eq!(lock(0), [("checkpoint-lock", Note)]);
+}
+
+fn lock(connections: usize, netns: Option<&str>) -> Lock {
+    let remaining = Remaining { connections, seconds: 100 };
+    Lock { id: "0123456789abcdef".into(), netns: netns.map(Into::into), remaining }
+}
+
+#[test]
+fn a_lock_is_told_with_its_namespace_and_once() {
+    let mut found = Findings::default();
+    lock(2, Some("/run/netns/x")).tell(&mut found);
+    lock(0, Some("/run/netns/x")).tell(&mut found);
+    let (full, empty) = (&found.0[0], &found.0[1]);
+    assert!(full.what.contains("in the network namespace /run/netns/x"), "{full:?}");
+    assert!(empty.cure.contains("nsenter --net=/run/netns/x nft delete table"), "{empty:?}");
+    let told = |host: Host| {
+        let checkpoint_locks = vec![lock(2, Some("/proc/7/ns/net"))];
+        let processes = Processes { checkpoint_locks, ..Processes::default() };
+        let mut found = Findings::default();
+        container_checks::all(&samples::container(), &processes, &host, &mut found);
+        found.0.iter().map(|finding| finding.name).collect::<Vec<_>>()
+    };
+    assert_eq!(told(host()), ["checkpoint-lock"]);
+    let known = Host { locks: vec![lock(2, Some("/run/netns/x"))], ..host() };
+    assert_eq!(told(known), Vec::<&str>::new());
 }
 
 fn of_container(
