@@ -15,6 +15,7 @@ pub mod fast;
 pub mod freezer;
 pub mod hierarchies;
 pub mod layer;
+pub mod limited;
 pub mod netns;
 pub mod overlay;
 pub mod pages;

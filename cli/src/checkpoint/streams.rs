@@ -8,13 +8,16 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use ferry_oci::paths;
+use ferry_oci::{limited, paths};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use serde_json::Value;
 
 use crate::containerd::Stdio;
 use crate::migrate::pause::log_file;
+
+/// runc's list of them is not longer, bytes: it has three names.
+const MOST_BYTES: u64 = 1 << 20;
 
 /// The streams of container `id`, whose spec is `spec`; `before` are those of its last task, if it was
 /// here. Makes what it names, which goes with the new task.
@@ -35,7 +38,7 @@ pub(super) fn streams(
             false => Ok(Stdio { terminal: true, ..before }),
         };
     }
-    let were = fs::read(images.join("descriptors.json"));
+    let were = limited::read(&images.join("descriptors.json"), MOST_BYTES);
     let were = were.context("read what its streams were (descriptors.json)")?;
     let were: Vec<String> = serde_json::from_slice(&were).context("decode descriptors.json")?;
     // The host's /dev/null, which it would get otherwise, could not be dumped again.
@@ -110,6 +113,19 @@ mod tests {
         assert_eq!(got.stdout, "file:///var/log/ferry/n/c/stdout.log");
         let before = Stdio { stdout: "binary:///x".into(), ..Stdio::default() };
         assert_eq!(given(&before, false).stdout, "binary:///x");
+    }
+
+    #[test]
+    fn a_list_of_streams_without_end_is_refused() {
+        let images = tempfile::tempdir().unwrap();
+        let of = |length: usize| {
+            let text = format!(r#"["pipe:[7]"{}]"#, " ".repeat(length));
+            fs::write(images.path().join("descriptors.json"), text).unwrap();
+            streams("n", "c", images.path(), &json!({}), None)
+        };
+        assert!(of(1 << 19).is_ok());
+        let error = format!("{:#}", of(1 << 20).unwrap_err());
+        assert!(error.contains("descriptors.json") && error.contains("1048576 bytes"), "{error}");
     }
 
     #[test]

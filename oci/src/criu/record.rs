@@ -5,6 +5,7 @@
 //! has a version of its own; a reader refuses versions that it does not know.
 
 use super::NetworkLock;
+use crate::limited;
 #[cfg(doc)]
 use crate::quarantine::connections;
 use crate::quarantine::connections::Connection;
@@ -132,14 +133,12 @@ impl DumpRecord {
 
     /// Reads the record in `images`; `None` if there is none.
     pub fn read(images: &Path) -> Result<Option<Self>, RecordError> {
-        let path = images.join(RECORD_FILE);
-        match std::fs::metadata(&path) {
-            Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(err) => return Err(err.into()),
-            Ok(meta) if meta.len() > MAX_BYTES => return Err(RecordError::Size),
-            Ok(_) => {}
+        match limited::read(&images.join(RECORD_FILE), MAX_BYTES) {
+            Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(err) if err.kind() == io::ErrorKind::FileTooLarge => Err(RecordError::Size),
+            Err(err) => Err(err.into()),
+            Ok(text) => Self::parse(&text).map(Some),
         }
-        Self::parse(&std::fs::read(&path)?).map(Some)
     }
 
     /// Decodes a record.

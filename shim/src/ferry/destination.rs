@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ferry_oci::api::ferry::{Phase, ReleaseResponse, RestoreRequest, RestoreResponse};
+use ferry_oci::criu::images::MOST_BYTES;
 use ferry_oci::criu::rpc::QUIET;
 use ferry_oci::criu::{DumpRecord, FastTar};
 use ferry_oci::fast::{self, Fast};
+use ferry_oci::limited;
 use ferry_oci::paths;
 use ferry_oci::record::{Decision, Record};
 use ferry_oci::tmpfs::{Arriving, Tmpfs};
@@ -128,9 +130,9 @@ impl Move {
             Some(waiting) => {
                 let inventory = paths::images(migration).join(paths::INVENTORY_FILE);
                 let complete = complete(migration, &mut tmpfs).await;
-                match complete
-                    .and_then(|()| std::fs::read(&inventory).context("read the inventory"))
-                {
+                match complete.and_then(|()| {
+                    limited::read(&inventory, MOST_BYTES).context("read the inventory")
+                }) {
                     Ok(inventory) => waiting.restore(&inventory).await,
                     Err(error) => {
                         waiting.abandon().await;

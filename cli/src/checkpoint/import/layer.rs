@@ -1,7 +1,7 @@
 //! podman's two pieces of a writable layer, made one that containerd applies: whiteouts first, then the
 //! archive of what is there. containerd keeps both inside the container's root.
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -32,15 +32,16 @@ pub(super) fn deleted(bytes: &[u8]) -> Result<Vec<String>> {
 }
 
 /// Writes the layer: what is `deleted`, `files` of ours, and what the archive `changed` has, if it is
-/// there.
+/// there, of which no more than `room` bytes are unpacked: it may be packed once more.
 ///
 /// # Errors
-/// When `changed` cannot be read, or `out` does not take it.
+/// When `changed` cannot be read or unpacks to more, or `out` does not take it.
 pub(super) fn write(
     out: &mut dyn Write,
     deleted: &[String],
     files: &[(String, Vec<u8>)],
     changed: &Path,
+    room: u64,
 ) -> io::Result<()> {
     for path in deleted {
         let at = path.rfind('/').map_or(0, |slash| slash + 1);
@@ -52,9 +53,19 @@ pub(super) fn write(
     }
     // The other archive goes on, and has an end.
     match changed.exists() {
-        true => io::copy(&mut untar::open(changed)?, out).map(drop),
+        true => copy(untar::open(changed)?, out, room),
         false => out.write_all(&END),
     }
+}
+
+/// Writes an archive of at most `room` bytes, as it unpacks.
+fn copy(archive: impl Read, out: &mut dyn Write, room: u64) -> io::Result<()> {
+    let copied = io::copy(&mut archive.take(room.saturating_add(1)), out)?;
+    if copied > room {
+        let text = format!("{} unpacks to more than there is room for", super::FILES);
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, text));
+    }
+    Ok(())
 }
 
 /// A file in an archive that goes on.

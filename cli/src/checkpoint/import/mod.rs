@@ -13,12 +13,12 @@
 mod layer;
 mod mounts;
 
-use std::fs::{self, File};
-use std::io::Read;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use ferry_oci::criu::images::{Folder, Source as _, take_any_root};
+use ferry_oci::limited;
 use nix::sys::statvfs::statvfs;
 use serde::Deserialize;
 use serde_json::Value;
@@ -52,6 +52,8 @@ pub(super) struct Import {
     files: Vec<(String, Vec<u8>)>,
     /// What is gone of the image.
     deleted: Vec<String>,
+    /// Bytes that may still be filled with what is packed in it.
+    room: u64,
 }
 
 /// What is taken of `config.dump`.
@@ -75,10 +77,10 @@ impl Import {
     /// When it is no such archive, has what is refused or more than there is room for, or breaks off.
     pub(super) fn unpack(file: &Path, images: &Path, folder: &Path) -> Result<Self> {
         let shown = file.display().to_string();
-        members(file, images, folder).with_context(|| shown.clone())?;
+        let mut room = members(file, images, folder).with_context(|| shown.clone())?;
         let text = |name: &str| -> Result<Option<Vec<u8>>> {
             let path = folder.join(name);
-            path.exists().then(|| fs::read(&path)).transpose().context(name.to_owned())
+            path.exists().then(|| read_text(&path)).transpose().context(name.to_owned())
         };
         let must = |name: &str| {
             let missing =
@@ -102,12 +104,12 @@ impl Import {
         let deleted = text(DELETED)?.map(|bytes| layer::deleted(&bytes)).transpose();
         let deleted = deleted.with_context(|| format!("{shown}: {DELETED}"))?.unwrap_or_default();
         let podmans = mounts::take_out(&mut spec);
-        let own = mounts::change(images, &podmans, &folder.join(SHM));
+        let own = mounts::change(images, &podmans, &folder.join(SHM), &mut room);
         mounts::put_in(&mut spec, &own.context("change the images of mounts")?);
         any_root(images).context("change files.img")?;
         let files = mounts::files(&podmans, &spec);
         let folder = folder.to_owned();
-        Ok(Self { shown, folder, config, summary, spec, files, deleted })
+        Ok(Self { shown, folder, config, summary, spec, files, deleted, room })
     }
 
     /// The container's id, if it says one that is a good one for containerd as well.
@@ -166,14 +168,14 @@ impl Import {
     /// Writes the layer of what has changed against the image, a tar.
     ///
     /// # Errors
-    /// When the archive's own cannot be read.
+    /// When the archive's own cannot be read, or unpacks to more than there is room for.
     pub(super) fn write_layer(&self, out: &mut dyn std::io::Write) -> std::io::Result<()> {
-        layer::write(out, &self.deleted, &self.files, &self.folder.join(FILES))
+        layer::write(out, &self.deleted, &self.files, &self.folder.join(FILES), self.room)
     }
 }
 
-/// Unpacks the members that are known.
-fn members(file: &Path, images: &Path, folder: &Path) -> Result<()> {
+/// Unpacks the members that are known. Bytes of room that are left.
+fn members(file: &Path, images: &Path, folder: &Path) -> Result<u64> {
     let mut reader = Reader::new(untar::open(file).context("open it")?);
     let mut room = room(folder)?;
     while let Some(entry) = reader.next().context("read the archive")? {
@@ -197,7 +199,7 @@ fn members(file: &Path, images: &Path, folder: &Path) -> Result<()> {
         })?;
         extract(&mut reader, to, name)?;
     }
-    Ok(())
+    Ok(room)
 }
 
 /// The root folder's permissions are in no layer, and podman has others than containerd.
@@ -216,11 +218,9 @@ fn room(folder: &Path) -> Result<u64> {
     Ok(free - free / 16)
 }
 
-/// Reads at most [`MAX_TEXT`] bytes of a file.
+/// Reads a file of at most [`MAX_TEXT`] bytes.
 fn read_text(path: &Path) -> std::io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    File::open(path)?.take(MAX_TEXT).read_to_end(&mut bytes)?;
-    Ok(bytes)
+    limited::read(path, MAX_TEXT)
 }
 
 #[cfg(test)]

@@ -67,11 +67,18 @@ fn podmans(mount: &Value) -> Option<&'static str> {
 }
 
 /// Changes what CRIU's images say of the mounts at `targets`. What was in `/dev/shm` is in the archive
-/// `shm`, if that is there. Where file systems in memory are mounted that are the container's own.
+/// `shm`, if that is there; each file system that gets it takes of the `room`, in bytes. Where file systems in
+/// memory are mounted that are the container's own.
 ///
 /// # Errors
-/// When an image is not as it should be, or cannot be written.
-pub(super) fn change(images: &Path, targets: &[&str], shm: &Path) -> Result<Vec<String>> {
+/// When an image is not as it should be, or cannot be written; when there is no room.
+pub(super) fn change(
+    images: &Path,
+    targets: &[&str],
+    shm: &Path,
+    room: &mut u64,
+) -> Result<Vec<String>> {
+    let each = fs::metadata(shm).map_or(0, |meta| meta.len());
     let mut own = Vec::new();
     let files: Vec<&str> = targets.iter().copied().filter(|target| *target != SHM).collect();
     let tmpfs: Vec<&str> = targets.iter().copied().filter(|target| *target == SHM).collect();
@@ -84,6 +91,9 @@ pub(super) fn change(images: &Path, targets: &[&str], shm: &Path) -> Result<Vec<
         fs::write(images.join(&name), &taken.image).with_context(|| name.clone())?;
         own.extend(taken.own);
         for (_, name) in taken.tmpfs {
+            *room = room.checked_sub(each).with_context(|| {
+                format!("what is in {SHM} comes more often than there is room for")
+            })?;
             let packed = File::create_new(images.join(&name)).and_then(|to| pack(shm, to));
             packed.with_context(|| format!("write {name}"))?;
         }

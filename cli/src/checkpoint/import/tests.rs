@@ -155,3 +155,55 @@ fn a_layer_has_whiteouts_before_files_and_then_what_has_changed() {
     fs::copy(changed.path(), place.path().join("archive/rootfs-diff.tar")).unwrap();
     assert_eq!(names(&import), [&ours[..], &["log"]].concat());
 }
+
+#[test]
+fn a_layer_that_unpacks_to_more_than_there_is_room_for_is_refused() {
+    let (import, place) = unpack(&good());
+    let mut import = import.unwrap();
+    let zeros = vec![0; 1 << 20];
+    let changed = fs::read(archive(&[("log", FILE, &zeros)]).path()).unwrap();
+    let gzip = {
+        let mut to = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+        to.write_all(&changed).unwrap();
+        to.finish().unwrap()
+    };
+    let zstd = zstd::encode_all(changed.as_slice(), 3).unwrap();
+    let whole = changed.len() as u64;
+    for packed in [changed, gzip, zstd] {
+        fs::write(place.path().join("archive/rootfs-diff.tar"), packed).unwrap();
+        import.room = whole;
+        import.write_layer(&mut std::io::sink()).unwrap();
+        import.room = whole - 1;
+        let error = import.write_layer(&mut std::io::sink()).unwrap_err();
+        assert!(error.to_string().contains("more than there is room for"), "{error}");
+    }
+}
+
+#[test]
+fn memory_of_an_archive_is_not_written_more_often_than_there_is_room_for() {
+    let place = tempfile::tempdir().unwrap();
+    let shm = place.path().join("shm");
+    fs::write(&shm, [0; 1000]).unwrap();
+    let images = place.path().join("images");
+    fs::create_dir(&images).unwrap();
+    // Two file systems in memory at the same place.
+    let mut image = [0x5456_4319u32.to_le_bytes(), 0x5556_3928u32.to_le_bytes()].concat();
+    for device in [7, 8] {
+        // Kind, device, root, target, that it is external and by which key.
+        let start = [8, 5, 24, device];
+        let record =
+            [&start, &b"\x32\x01/\x3a\x09./dev/shm\x68\x01\x92\x01\x08/dev/shm"[..]].concat();
+        image.extend((record.len() as u32).to_le_bytes());
+        image.extend(record);
+    }
+    let change = |room: u64| {
+        fs::write(images.join("mountpoints-1.img"), &image).unwrap();
+        let _ = fs::remove_file(images.join("tmpfs-dev-7.tar.gz.img"));
+        let _ = fs::remove_file(images.join("tmpfs-dev-8.tar.gz.img"));
+        let mut room = room;
+        mounts::change(&images, &["/dev/shm"], &shm, &mut room).map(|_| room)
+    };
+    assert_eq!(change(2500).unwrap(), 500);
+    let error = change(1999).unwrap_err();
+    assert!(format!("{error:#}").contains("room"), "{error:#}");
+}
