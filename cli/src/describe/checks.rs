@@ -68,6 +68,11 @@ pub(crate) fn of_container(container: &ContainerFacts) -> Vec<Blocker> {
     state(container, &mut found);
     isolation(container, &mut found);
     bound_and_layered(container, &mut found);
+    if matches!(container.network, Network::Path { .. }) {
+        netns::connections(container, &mut found);
+    }
+    // As it moves unless the operator says otherwise.
+    memory::limit(container, Way::Store { hidden: true }, &mut found);
     found
 }
 
@@ -290,7 +295,7 @@ fn address(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
 fn connections(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
     match facts.container.network {
         Network::Host => on_the_hosts_network(facts, found),
-        Network::Path { .. } => netns::connections(facts, found),
+        Network::Path { .. } => netns::connections(facts.container, found),
         // Nobody else is in there.
         Network::Loopback | Network::Devices(_) => return,
     }

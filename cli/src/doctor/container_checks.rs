@@ -71,8 +71,8 @@ fn files(processes: &Processes, found: &mut Findings) {
     }
     for pid in &processes.inotify_on_overlay {
         let what = format!("process {pid} watches files of the root file system (inotify)");
-        let cure =
-            "watch files on a tmpfs or a bind mount: criu may not find those on an overlay again";
+        let cure = "watch files on a tmpfs or a bind mount: of an overlay's criu finds only / itself and those in \
+                    few folders, like /etc and /var/log, and dumps no other watch";
         found.warn("inotify-overlay", what, cure);
     }
     for pid in &processes.locks {

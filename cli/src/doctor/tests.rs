@@ -10,7 +10,7 @@ use super::container::Processes;
 use super::host::Host;
 use super::locks::Lock;
 use super::*;
-use crate::describe::container::{Bind, ContainerFacts, Network};
+use crate::describe::container::{Bind, ContainerFacts, Names, Network};
 use crate::describe::samples;
 
 fn host() -> Host {
@@ -174,7 +174,7 @@ fn socket(family: i32, protocol: u32) -> Kind {
 #[test]
 fn each_lack_of_a_container_is_named() {
     type Spoil = fn(&mut ContainerFacts, &mut Processes);
-    let cases: [(Spoil, &str, Severity); 31] = [
+    let cases: [(Spoil, &str, Severity); 33] = [
         (|c, p| (c.stopped, _) = (Some(7), p.stopped.insert(7)), "stopped", Blocker),
         (|_, p| _ = p.stopped.insert(7), "stopped", Warning),
         (|c, _| c.runtime = "io.containerd.runc.v2".into(), "runtime", Blocker),
@@ -188,6 +188,16 @@ fn each_lack_of_a_container_is_named() {
         (|c, _| c.hooks = vec!["/bin/x".into()], "hook", Warning),
         (|c, _| c.network = Network::Devices(vec!["eth0".into()]), "cni", Warning),
         (|c, _| c.snapshotter = "native".into(), "snapshotter", Warning),
+        (|c, _| c.memory.limit = Some(1 << 19), "memory-limit", Warning),
+        // Its one connection leaves the namespace.
+        (
+            |c, _| {
+                let path = "/run/netns/x".into();
+                c.network = Network::Path { path, names: Names::Its };
+            },
+            "connection",
+            Warning,
+        ),
         (
             |c, _| c.binds.push(Bind { source: "/srv".into(), target: "/srv".into() }),
             "bind-mount",

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 
-use super::super::container::{Names, Network};
+use super::super::container::{ContainerFacts, Names, Network};
 use super::super::room::NetnsFacts;
 use super::{Blocker, Facts, block, inside};
 
@@ -80,8 +80,7 @@ fn bound(facts: &Facts<'_>, path: &str, there: &[IpAddr], found: &mut Vec<Blocke
 }
 
 /// Nothing leads the other end of a connection to where the container goes.
-pub(super) fn connections(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
-    let container = facts.container;
+pub(super) fn connections(container: &ContainerFacts, found: &mut Vec<Blocker>) {
     for socket in container.sockets.iter().filter(|s| s.connected && !inside(container, s)) {
         let what = format!("connection {} to {} leaves the container", socket.local, socket.remote);
         let cure = "end it: in a network namespace given by path only connections between the \
