@@ -83,5 +83,6 @@ async fn network(containerd: &Containerd, checkpoint: &Checkpoint) -> Result<Opt
     let spec: serde_json::Value =
         serde_json::from_slice(&any.value).context("decode the checkpoint's spec")?;
     let path = spec::given_network(&spec);
-    Ok(path.filter(|path| std::path::Path::new(path).exists()).map(str::to_owned))
+    // A namespace looks like a file. Nothing else is opened that an image names.
+    Ok(path.filter(|path| std::path::Path::new(path).is_file()).map(str::to_owned))
 }
