@@ -23,6 +23,7 @@ use crate::container::{
     Container, Extras, Held, HoldParams, Network, PreparedRestore, RestoreParams,
 };
 use crate::error::{Context as _, Error, Result};
+use crate::state::{Op, admit};
 
 /// How long CRIU may take to restore.
 const RESTORE: Duration = Duration::from_secs(120);
@@ -69,6 +70,7 @@ impl Move {
         lease: Lease,
     ) -> Result<()> {
         let migration = &request.migration;
+        must_be_new(&container)?;
         let private = has_private_network(&container)?;
         std::fs::create_dir_all(paths::RECORDS).context("make the folder of records")?;
         let tmpfs = arriving(migration).await?;
@@ -141,6 +143,7 @@ impl Move {
                 }
             }
             None => {
+                must_be_new(&container)?;
                 let hold = HoldParams {
                     namespaces: has_private_network(&container)?.then(|| LOOPBACK_UP.to_owned()),
                     decided: Some(paths::decided(migration)),
@@ -283,6 +286,12 @@ fn restore_params(
         lazy_pages: request.lazy_pages,
         deadline: RESTORE,
     }
+}
+
+/// Refuses what was not created from a checkpoint, or has started, before anything is done for it: one that
+/// runs is not a migration that has failed.
+fn must_be_new(container: &Container) -> Result<()> {
+    admit(container.snapshot().status, Op::Restore)
 }
 
 /// Whether CRIU makes a network namespace.
