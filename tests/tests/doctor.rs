@@ -1,16 +1,28 @@
 //! `ferry doctor` on hosts and containers that lack something, each of which it has to name.
 //!
-//! What this machine cannot make is tested on facts alone (`cli/src/doctor/tests.rs`): other kernels and
-//! versions, AppArmor and SELinux, Yama, rootless, seccomp around ferry, huge pages, legacy iptables.
+//! What a host cannot be given alone is tested on facts (`cli/src/doctor/tests.rs`): other kernels and layouts
+//! of cgroups, AppArmor and SELinux, Yama, huge pages, and pipes that are short.
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::ctr::{FERRY, IDLE, PYTHON, REFERENCE, remove, start, until};
+use ferry_oci::record::{Decision, Record};
+use ferry_tests::ctr::{
+    BUSYBOX, FERRY, IDLE, PYTHON, REFERENCE, SOON, remove, start, status, until, wait_for_status,
+};
 use ferry_tests::{Host, Job, skip, task_lab};
 use serde_json::Value;
 
 /// What is found, as pairs of name and severity, and the exit code.
 fn doctor(host: &Host, container: &str) -> Result<(Vec<(String, String)>, i32)> {
-    let output = host.output(&format!("ferry --json doctor {container}"))?;
+    doctor_under(host, "", container)
+}
+
+/// [`doctor`], started by `starter`, which takes something from it.
+fn doctor_under(
+    host: &Host,
+    starter: &str,
+    container: &str,
+) -> Result<(Vec<(String, String)>, i32)> {
+    let output = host.output(&format!("{starter} ferry --json doctor {container}"))?;
     let code = output.status.code().with_context(|| format!("it was killed: {output}"))?;
     let report: Value =
         serde_json::from_str(&output.stdout).with_context(|| format!("decode {output}"))?;
@@ -29,9 +41,19 @@ fn doctor(host: &Host, container: &str) -> Result<(Vec<(String, String)>, i32)> 
 }
 
 fn named(host: &Host, container: &str, name: &str, severity: &str) -> Result<()> {
-    let (found, _) = doctor(host, container)?;
+    named_under(host, "", container, name, severity)
+}
+
+fn named_under(
+    host: &Host,
+    starter: &str,
+    container: &str,
+    name: &str,
+    severity: &str,
+) -> Result<()> {
+    let (found, _) = doctor_under(host, starter, container)?;
     let is_there = found.iter().any(|f| f.0 == name && f.1 == severity);
-    ensure!(is_there, "{container}: no {severity} {name} in {found:?}");
+    ensure!(is_there, "{starter} {container}: no {severity} {name} in {found:?}");
     Ok(())
 }
 
@@ -59,13 +81,15 @@ fn what_a_host_lacks_is_named_with_its_cure() -> Result<()> {
     println!("{table}");
     ensure!(table.stdout.starts_with("host a\n"), "{table}");
 
-    for (file, name) in [
-        ("$(readlink -f $(command -v criu))", "criu-missing"),
-        ("$(readlink -f $(command -v runc))", "runc-missing"),
-        ("/usr/local/bin/containerd-shim-ferry-v2", "shim-missing"),
+    for (file, name, severity) in [
+        ("$(readlink -f $(command -v criu))", "criu-missing", "blocker"),
+        ("$(readlink -f $(command -v runc))", "runc-missing", "blocker"),
+        ("/usr/local/bin/containerd-shim-ferry-v2", "shim-missing", "blocker"),
+        ("/usr/local/bin/libferry_hide.so", "hide-library", "note"),
+        ("/usr/local/bin/ferry-tar", "fast-tar", "note"),
     ] {
         let spoil = format!("f={file}; mv $f /var/tmp/away; echo $f >/var/tmp/f");
-        spoiled(host, &spoil, name, "blocker", "mv /var/tmp/away $(cat /var/tmp/f)")?;
+        spoiled(host, &spoil, name, severity, "mv /var/tmp/away $(cat /var/tmp/f)")?;
     }
     // Others in their place: one too old, one that does not start.
     let fake = |program: &str, text: &str| {
@@ -118,6 +142,45 @@ fn what_a_host_lacks_is_named_with_its_cure() -> Result<()> {
     ensure!(nobody.status.code() == Some(3), "{nobody}");
     ensure!(nobody.stderr.contains("there is no container nobody"), "{nobody}");
     Ok(())
+}
+
+/// Starts a program under a seccomp filter that lets everything pass.
+const FILTERED: &str = "import ctypes, os, struct, sys
+code = ctypes.create_string_buffer(struct.pack('HBBI', 6, 0, 0, 0x7fff0000))
+program = ctypes.create_string_buffer(struct.pack('@HP', 1, ctypes.addressof(code)))
+assert ctypes.CDLL(None).prctl(22, 2, program) == 0
+os.execvp(sys.argv[1], sys.argv[1:])
+";
+
+#[test]
+fn what_ferry_is_not_allowed_is_named_with_its_cure() -> Result<()> {
+    let lab = task_lab()?;
+    let host = lab.host("a");
+    std::fs::write(host.root().join("tmp/filtered.py"), FILTERED)?;
+    for (starter, name, severity) in [
+        ("unshare --user --map-root-user", "rootless", "blocker"),
+        ("setpriv --bounding-set=-sys_admin", "capability", "blocker"),
+        ("setpriv --bounding-set=-net_admin", "capability", "blocker"),
+        ("setpriv --bounding-set=-sys_ptrace", "capability", "blocker"),
+        ("setpriv --bounding-set=-sys_resource", "limits", "warning"),
+        ("python3 /tmp/filtered.py", "seccomp-suspend", "warning"),
+    ] {
+        named_under(host, starter, "", name, severity)?;
+    }
+    let socket = "/run/containerd/containerd.sock";
+    let (spoil, mend) = (format!("chown 1000 {socket}"), format!("chown 0 {socket}"));
+    spoiled(host, &spoil, "rootless", "blocker", &mend)?;
+    // A migration that nobody has finished.
+    let record = Record::new("decided-0001", "t", "default", Decision::Committed);
+    std::fs::write(host.root().join("tmp/record"), serde_json::to_vec(&record)?)?;
+    let folder = "/run/ferry/records";
+    let spoil = format!("mkdir -p {folder} && cp /tmp/record {folder}/decided-0001.json");
+    spoiled(host, &spoil, "unsettled", "warning", &format!("rm {folder}/decided-0001.json"))?;
+
+    // Another user's process, where its limits cannot be read.
+    start(host, FERRY, "--null-io --user 1000:100", "t", IDLE)?;
+    named_under(host, "setpriv --bounding-set=-sys_resource", "t", "limits", "blocker")?;
+    remove(host, "t").map(drop)
 }
 
 #[test]
@@ -294,16 +357,6 @@ fn what_a_container_is_started_with_is_named_with_its_cure() -> Result<()> {
     named(host, "t", "cni", "warning")?;
     remove(host, "t")?;
 
-    // As long as this machine's root may not change the limits of others.
-    let may = host.run("grep CapEff /proc/self/status")?.stdout;
-    let may = u64::from_str_radix(may.trim().rsplit('\t').next().unwrap_or_default(), 16)?;
-    if may >> 24 & 1 == 0 {
-        start(host, FERRY, "--null-io --user 1000:100", "t", IDLE)?;
-        named(host, "t", "limits", "blocker")?;
-        remove(host, "t")?;
-    } else {
-        skip("root may do everything here");
-    }
     for (runtime, options, name, severity) in [
         (REFERENCE, "--null-io", "runtime", "blocker"),
         (
@@ -313,11 +366,42 @@ fn what_a_container_is_started_with_is_named_with_its_cure() -> Result<()> {
             "warning",
         ),
         (FERRY, "--null-io --snapshotter native", "snapshotter", "warning"),
+        (
+            FERRY,
+            "--null-io --mount type=bind,src=/srv,dst=/data,options=rbind:ro",
+            "bind-mount",
+            "warning",
+        ),
+        (
+            FERRY,
+            "--null-io --uidmap 0:100000:65536 --gidmap 0:200000:65536",
+            "user-namespace",
+            "warning",
+        ),
     ] {
         start(host, runtime, options, "t", IDLE)?;
         named(host, "t", name, severity)?;
         host.run("ctr container label t containerd.io/restart.status=")?;
         remove(host, "t")?;
     }
-    Ok(())
+
+    // Two in one pid namespace.
+    start(host, FERRY, "--null-io", "t", IDLE)?;
+    let pid = host.run("ctr task ls | awk '/^t / {print $2}'")?.stdout;
+    let joined = format!("--null-io --with-ns pid:/proc/{}/ns/pid", pid.trim());
+    start(host, FERRY, &joined, "guest", IDLE)?;
+    named(host, "t", "namespace-shared", "warning")?;
+    named(host, "guest", "namespace-joined", "warning")?;
+    remove(host, "guest")?;
+    remove(host, "t")?;
+
+    let run = format!("ctr run -t --runtime {FERRY} {BUSYBOX} t {IDLE}");
+    let client = host.spawn_at_terminal(&run, (24, 80))?;
+    wait_for_status(host, "t", "RUNNING")?;
+    named(host, "t", "terminal", "warning")?;
+    host.run("ctr task kill -s KILL t")?;
+    // It removes the task, and may be a moment late.
+    client.wait(SOON)?;
+    until("the task is gone", || Ok(status(host, "t")?.is_empty()))?;
+    host.run("ctr container rm t").map(drop)
 }
