@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use ferry_tests::counter::Counter;
-use ferry_tests::ctr::{until, wait_for_status};
+use ferry_tests::ctr::{REFERENCE, until, wait_for_status};
 use ferry_tests::scene::{FLOATING, RUNTIME, traces, wait_for_traces};
-use ferry_tests::tally::{COUNTS, counted, counts_on, end, json, refused};
+use ferry_tests::tally::{COUNTS, COUNTS_ALONE, counted, counts_on, end, json, refused};
 use ferry_tests::{Host, Scene};
 use nix::sys::signal::Signal;
 
@@ -139,6 +139,52 @@ fn files_and_memory_of_a_checkpoint_are_of_one_moment_for_us_and_for_containerd_
         host.run("ferry discard moment; ferry discard by-ctr")?;
     }
     Ok(())
+}
+
+#[test]
+fn checkpoints_that_ferry_has_not_made_are_restored() -> Result<()> {
+    let scene = Scene::start()?;
+    let host = scene.host("a");
+    // So far that one which began anew would be seen.
+    let counts_far = |id: &str| until("it has counted far", || Ok(counted(host, id)? > 300));
+    let goes_on = |id: &str| -> Result<()> {
+        ensure!(counted(host, id)? > 300, "{id} has begun anew");
+        counts_on(host, id)
+    };
+
+    // By containerd's own client and its own shim, which knows nothing of programs in a vfork.
+    host.run(&format!(
+        "ctr run -d --null-io --runtime {REFERENCE} {BUSYBOX} theirs sh -c '{COUNTS_ALONE}'"
+    ))?;
+    counts_far("theirs")?;
+    host.run("ctr container checkpoint --image --rw --task theirs by-others")?;
+    end(host, "theirs")?;
+    let inside = json(host, "ferry inspect by-others --json")?;
+    ensure!(inside["versions"]["record"].is_null(), "{inside}");
+    let refusal = refused(host, "ferry restore by-others")?;
+    ensure!(refusal.contains("give --id"), "{refusal}");
+    host.run("ferry restore by-others --id ours")?;
+    goes_on("ours").context("from containerd's own shim")?;
+    let info = host.run("ctr container info ours")?.stdout;
+    ensure!(info.contains(RUNTIME), "{info}");
+    end(host, "ours")?;
+
+    // By ctr of a task alone: without a spec, so it goes into the container that is there.
+    host.run(&format!(
+        "ctr run -d --null-io --runtime {RUNTIME} {BUSYBOX} counter sh -c '{COUNTS_ALONE}'"
+    ))?;
+    counts_far("counter")?;
+    let name = host.run("ctr task checkpoint counter")?.stdout;
+    let name = name.trim();
+    counts_on(host, "counter").context("it runs on")?;
+    let refusal = refused(host, &format!("ferry restore {name} --id elsewhere"))?;
+    ensure!(refusal.contains("has no spec"), "{refusal}");
+    host.run("ctr task kill -s KILL counter")?;
+    wait_for_status(host, "counter", "STOPPED")?;
+    host.run(&format!("ferry restore {name} --id counter"))?;
+    goes_on("counter").context("from ctr task checkpoint")?;
+    end(host, "counter")?;
+    host.run(&format!("ferry discard by-others; ferry discard {name}")).map(drop)
 }
 
 #[test]
