@@ -4,7 +4,7 @@ use std::io::Write;
 
 use anyhow::{Context, Result, ensure};
 use ferry_tests::counter::Counter;
-use ferry_tests::ctr::{BUSYBOX, RUNTIMES, SOON, assert_prints_nothing, wait_for};
+use ferry_tests::ctr::{BUSYBOX, FERRY, RUNTIMES, SOON, assert_prints_nothing, wait_for};
 use ferry_tests::layers::{CNI, NERDCTL};
 use ferry_tests::versions::task_lab_over;
 use ferry_tests::{Host, Lab, skip};
@@ -270,6 +270,43 @@ fn a_container_is_started_from_its_checkpoint_and_its_client_goes_on() -> Result
     nerdctl(host, "checkpoint rm store ended")?;
     ensure!(!nerdctl(host, "checkpoint ls store")?.contains("ended"), "it is listed still");
     client.stop()?;
+    nerdctl(host, "rm -f store")?;
+    assert_nothing_left(host)
+}
+
+/// Under ferry's own name nerdctl sends no options.
+#[test]
+fn under_its_own_name_a_container_runs_on_and_is_started_from_its_checkpoint_later() -> Result<()> {
+    let Some(lab) = lab()? else { return Ok(()) };
+    let host = lab.host("a");
+    let run = format!("run -d --runtime {FERRY} --name store --net host {REDIS}");
+    nerdctl(host, &format!("{run} redis-server --protected-mode no --save ''"))?;
+    wait_for(host, "nerdctl exec store redis-cli ping", "PONG")?;
+    let key = |command: &str| nerdctl(host, &format!("exec store redis-cli {command}"));
+    let mut client = Counter::start(lab.client(), host, 6379, "INCR count")?;
+    nerdctl(host, "checkpoint create store first")?;
+    client.goes_on().context("it runs on")?;
+    client.stop()?;
+    key("set key then")?;
+    nerdctl(host, "checkpoint create store second")?;
+    key("set key later").context("it runs on")?;
+    let listed = nerdctl(host, "checkpoint ls store")?;
+    ensure!(listed.contains("first") && listed.contains("second"), "{listed}");
+    // nerdctl gives its containers hooks.
+    let told = host.output("ferry --json doctor $(nerdctl ps --quiet --no-trunc)")?;
+    ensure!(told.stdout.contains("\"hook\""), "{told}");
+
+    nerdctl(host, "stop -t 30 store")?;
+    nerdctl(host, "start --checkpoint second store")?;
+    wait_for(host, "nerdctl exec store redis-cli ping", "PONG")?;
+    ensure!(key("get key")?.trim() == "then", "it is not as it was: {}", key("get key")?);
+    ensure!(key("get count")?.trim().parse::<usize>()? > 20, "the count is lost");
+    let tables = host.run("nft list tables")?.stdout;
+    ensure!(tables.trim().is_empty(), "{tables}");
+    nerdctl(host, "checkpoint rm store first")?;
+    nerdctl(host, "checkpoint rm store second")?;
+    let listed = nerdctl(host, "checkpoint ls store")?;
+    ensure!(!listed.contains("first") && !listed.contains("second"), "{listed}");
     nerdctl(host, "rm -f store")?;
     assert_nothing_left(host)
 }
