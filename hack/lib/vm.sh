@@ -7,7 +7,7 @@
 # Debian releases whose newest cloud kernel is taken.
 vm_kernels=${FERRY_VM_KERNELS:-bookworm trixie}
 # Files of end-to-end tests that are run, of those that there are; NAME:PATTERN for some tests of one.
-vm_tests=${FERRY_VM_TESTS:-task_api groups resources streams setup kernel survive:user_and_groups}
+vm_tests=${FERRY_VM_TESTS:-task_api groups cgroups resources streams setup kernel survive:user_and_groups}
 # Which tests of the others: a pattern of the shell.
 vm_only=${FERRY_VM_ONLY:-*}
 # Which unit tests of oci/: those that depend on the kernel.

@@ -117,7 +117,7 @@ fn decoders_of_files_give_a_value_or_an_error() -> Result<()> {
     all(&mut rng, "CRIU's log", &[log.to_vec()], FILES, |b| {
         with("dump.log", b, &|file| {
             let failure = criu::failure(file).map(|failure| failure.to_string());
-            criu::version(file).is_ok() & criu::run_id(file).is_ok() & failure.is_ok()
+            criu::version(file).is_ok() & criu::run_ids(file).is_ok() & failure.is_ok()
         })
     });
     let record = DumpRecord::new(Default::default(), "4.2.1".into(), "1.3.6".into());

@@ -151,7 +151,7 @@ fn what_takes_long_for_one_container_does_not_hold_up_another() -> Result<()> {
 /// Waits until a host's runc is asked for `verb`.
 fn until_asked(host: &Host, verb: &str) -> Result<()> {
     host.wait_until(&format!("runc is asked to {verb}"), |host| {
-        let asked = host.output(&format!("pgrep -f 'sbin/runc.* {verb}'"));
+        let asked = host.output(&format!("pgrep -f 'sbin/[r]unc.* {verb}'"));
         asked.is_ok_and(|o| o.status.success())
     })
 }
@@ -200,11 +200,12 @@ fn a_create_that_is_given_up_leaves_no_shim_and_its_id_is_free() -> Result<()> {
         run.wait(SOON)?;
         // runc goes on for some seconds after containerd has asked the shim to end.
         host.wait_until("runc has ended, and the shim if it has no other container", |host| {
-            let runc = host.output("pgrep -f 'sbin/runc.* create'");
+            // Not its own shell.
+            let runc = host.output("pgrep -f 'sbin/[r]unc.* create'");
             let ended = runc.is_ok_and(|o| !o.status.success());
             ended && shims(host).is_ok_and(|shims| shims.len() == others)
         })?;
-        host.run("ctr container rm t")?;
+        host.output("ctr container rm t")?;
         start(host, FERRY, annotation, "t", IDLE)?;
         assert_eq!(shims(host)?.len(), 1, "{annotation}");
         exec(host, "t")?;

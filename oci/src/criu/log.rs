@@ -111,6 +111,8 @@ const CURES: &[(&str, &str)] = &[
     ("External socket is used", "a unix socket is connected to a process outside"),
     ("[userfaultfd]", "the program uses userfaultfd, which CRIU cannot dump"),
     ("anon_inode:[io_uring]", "the program uses io_uring, which CRIU cannot dump"),
+    // Since Linux 6.7 its descriptor cannot be passed on.
+    ("send_fds failed (-22)", "the program uses io_uring, which CRIU cannot dump"),
     ("Some file locks are hold", "the program holds file locks: they need file_locks"),
     ("Can't lookup mount", "the container's files must lie on a real disk, not on an overlay"),
     ("Found dead task", "a task ended during the dump: try again"),
