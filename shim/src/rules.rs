@@ -52,9 +52,7 @@ pub(crate) fn remove_noted(bundle: &Path) -> Result<()> {
     let table = work.map_or(Ok(()), |work| remove_criu_table(bundle, None, work.as_ref()));
     let lock = noted(&bundle.join(LOCK)).context("read what a dump has locked")?;
     let lock = lock.filter(|id| Locked::is_id(id));
-    lock.map_or(Ok(()), |id| {
-        inside(bundle, None, || connections::unlock(&id).map_err(Into::into))
-    })?;
+    lock.map_or(Ok(()), |id| inside(bundle, None, || connections::unlock(&id)))?;
     table
 }
 

@@ -271,7 +271,7 @@ impl Container {
             let back = if end { Ok(()) } else { put_back() };
             rules::remove_criu_table(&bundle, Some(pid), &work).and(back)
         };
-        if let Err(err) = blocking(free).await.flatten() {
+        if let Err(err) = blocking(free).await.and_then(|freed| freed) {
             warn!("after a dump that has failed: {err}");
         }
     }
