@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use ferry_tests::counter::Counter;
-use ferry_tests::ctr::{FERRY, PYTHON, SOON, remove, start, status, until};
+use ferry_tests::ctr::{FERRY, IDLE, PYTHON, SOON, remove, start, status, until};
 use ferry_tests::tally::refused;
 use ferry_tests::versions::can_checkpoint;
 use ferry_tests::{Host, Job, skip, task_lab};
@@ -142,4 +142,26 @@ fn a_cure_that_is_known_is_told_to_whoever_has_asked() -> Result<()> {
         remove(host, "t")?;
     }
     Ok(())
+}
+
+#[test]
+fn a_checkpoint_of_a_better_processor_is_refused_before_anything_changes() -> Result<()> {
+    let lab = task_lab()?;
+    let host = lab.host("a");
+    start(host, FERRY, "--null-io", "t", IDLE)?;
+    host.run("ferry checkpoint t snap --exit")?;
+    let before = host.run("ctr container ls; ctr snapshot ls; ctr lease ls; ls /run/ferry")?.stdout;
+    // Every processor that this runs on has it, and its programs would be killed without it.
+    host.run(
+        "sed 's/ sse2 / /' /proc/cpuinfo >/tmp/cpuinfo; mount --bind /tmp/cpuinfo /proc/cpuinfo",
+    )?;
+    let refusal = refused(host, "ferry restore snap")?;
+    ensure!(refusal.contains("lacks sse2"), "{refusal}");
+    host.run("umount /proc/cpuinfo")?;
+    let after = host.run("ctr container ls; ctr snapshot ls; ctr lease ls; ls /run/ferry")?.stdout;
+    ensure!(after == before, "before: {before}; after: {after}");
+    host.run("ferry restore snap")?;
+    ensure!(status(host, "t")? == "RUNNING", "it is {}", status(host, "t")?);
+    remove(host, "t")?;
+    host.run("ferry discard snap").map(drop)
 }

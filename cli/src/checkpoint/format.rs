@@ -9,7 +9,7 @@
 //!          └─ summary: JSON                            ours
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, bail};
 use ferry_oci::criu::DumpOptions;
@@ -86,6 +86,15 @@ pub(super) struct Summary {
     pub(super) criu: String,
     pub(super) runc: String,
     pub(super) kernel: String,
+    /// The host's name.
+    #[serde(default)]
+    pub(super) hostname: String,
+    /// Its architecture.
+    #[serde(default)]
+    pub(super) arch: String,
+    /// What its processor can do.
+    #[serde(default)]
+    pub(super) cpu_flags: BTreeSet<String>,
     /// The container's id.
     pub(super) container: String,
     /// RFC 3339.

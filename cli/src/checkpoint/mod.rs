@@ -18,6 +18,7 @@ mod create;
 mod discard;
 mod export;
 mod files;
+mod fits;
 mod format;
 mod import;
 mod origin;

@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use super::addresses;
 use super::create::{new_id, stopped};
+use super::fits;
 use super::format::Summary;
 use super::origin::{Base, Origin};
 use super::place::{self, Place, Plan};
@@ -26,6 +27,7 @@ use crate::containerd::{
     ContainerRecord, Containerd, Descriptor, Destination, SnapshotKind, Stdio, TaskStatus,
 };
 use crate::describe::checks::RUNTIME;
+use crate::describe::host::HostFacts;
 use crate::lock;
 use crate::migrate::fault;
 use crate::network::address::{self, Cidr};
@@ -121,6 +123,10 @@ async fn there(containerd: &Containerd, id: &str) -> Result<Option<(ContainerRec
 impl Restore {
     /// Everything but the start.
     async fn prepare(&mut self) -> Result<()> {
+        if let Some(summary) = &self.summary {
+            let here = tokio::task::spawn_blocking(|| HostFacts::gather(String::new())).await?;
+            fits::check(summary, &here)?;
+        }
         let images = self.place.folder(paths::CHECKPOINT_IMAGES)?;
         self.origin.images(self.store.containerd(), &images).await?;
         let record = DumpRecord::read(&images).context("read the record of the dump")?;

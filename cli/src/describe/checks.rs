@@ -148,7 +148,8 @@ fn hosts(facts: &Facts<'_>, found: &mut Vec<Blocker>) {
     }
 }
 
-fn version(text: &str) -> Vec<u32> {
+/// The numbers of a version, for comparing.
+pub(crate) fn version(text: &str) -> Vec<u32> {
     text.split(['.', '-', '+']).map_while(|part| part.parse().ok()).collect()
 }
 

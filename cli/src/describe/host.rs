@@ -59,7 +59,7 @@ impl HostFacts {
             boot_id: read("/proc/sys/kernel/random/boot_id"),
             kernel: text(|u| u.release()),
             arch: text(|u| u.machine()),
-            cpu_flags: cpu_flags(&read("/proc/cpuinfo")),
+            cpu_flags: processor(),
             cgroups: cgroups(&read("/proc/self/mounts")).to_owned(),
             criu: version_of("criu", "Version:"),
             runc: version_of("runc", "runc version"),
@@ -91,6 +91,11 @@ fn version_of(program: &str, prefix: &str) -> Option<String> {
 pub(crate) fn in_path(program: &str) -> bool {
     std::env::var_os("PATH")
         .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
+}
+
+/// What the processor of this host can do.
+pub(crate) fn processor() -> BTreeSet<String> {
+    cpu_flags(&read("/proc/cpuinfo"))
 }
 
 /// The flags that are worth comparing: those the first processor lists.

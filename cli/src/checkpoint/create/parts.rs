@@ -1,10 +1,12 @@
 //! The parts of a checkpoint, written into the content store or into a file.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use ferry_oci::criu::DumpRecord;
+use nix::sys::utsname::{UtsName, uname};
 use prost::Message as _;
 
 use super::Source;
@@ -12,6 +14,7 @@ use crate::checkpoint::export::{self, Export};
 use crate::checkpoint::format::{self, Index, Part, Platform, Statistics, Summary};
 use crate::checkpoint::{archive, blobs};
 use crate::containerd::{CheckpointOptions, Descriptor};
+use crate::describe::host::processor;
 
 impl Source {
     /// Writes the unfinished file.
@@ -61,12 +64,17 @@ impl Source {
     pub(super) fn summary(&self, images: &Path, statistics: Statistics) -> Result<Summary> {
         let record = DumpRecord::read(images).context("read the record of the dump")?;
         let record = record.context("the dump has left no record")?;
+        let uname = uname().context("ask for the kernel's name")?;
+        let text = |of: fn(&UtsName) -> &OsStr| of(&uname).to_string_lossy().into_owned();
         Ok(Summary {
             version: format::VERSION,
             ferry: env!("CARGO_PKG_VERSION").to_owned(),
             criu: record.criu,
             runc: record.runc,
-            kernel: kernel(),
+            kernel: text(|u| u.release()),
+            hostname: text(|u| u.nodename()),
+            arch: text(|u| u.machine()),
+            cpu_flags: processor(),
             container: self.record.id.clone(),
             created: crate::containerd::rfc3339(std::time::SystemTime::now()),
             exit: self.options.exit,
@@ -138,9 +146,4 @@ impl Source {
     ) -> Result<Descriptor> {
         blobs::put(&self.store, media_type, bytes, labels).await
     }
-}
-
-fn kernel() -> String {
-    let text = std::fs::read_to_string("/proc/sys/kernel/osrelease");
-    text.map(|text| text.trim().to_owned()).unwrap_or_default()
 }
