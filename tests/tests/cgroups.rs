@@ -3,12 +3,16 @@
 use anyhow::{Result, ensure};
 use ferry_tests::containers::edit_spec;
 use ferry_tests::ctr::{BUSYBOX, IDLE, RUNTIMES, remove, start, status, until};
-use ferry_tests::versions::can_checkpoint;
+use ferry_tests::versions::{self, Runc, can_checkpoint};
 use ferry_tests::{skip, task_lab};
 use serde_json::json;
 
 #[test]
 fn nobody_is_ended_who_was_in_the_cgroups_before() -> Result<()> {
+    if versions::chosen()?.1 == Runc::Crun {
+        skip("crun itself ends all that is in a container's cgroups");
+        return Ok(());
+    }
     let lab = task_lab()?;
     let host = lab.host("a");
     for runtime in RUNTIMES {
@@ -55,11 +59,15 @@ fn a_restore_into_the_cgroups_of_a_running_container_does_not_end_that() -> Resu
         // It has the settings of the first one, the path of its cgroups among them.
         let second = host.output("ctr container restore --live --rw u image")?;
         println!("{runtime}: {second}");
-        host.output("ctr task rm -f u; ctr container rm u")?;
+        // Before 1.2 runc lets it in there, and ends both when it is to end one.
+        if !second.status.success() {
+            host.output("ctr task rm -f u; ctr container rm u")?;
+        }
         std::thread::sleep(std::time::Duration::from_millis(500));
         ensure!(status(host, "t")? == "RUNNING", "{runtime}: it has ended: {second}");
         host.run("ctr task exec --exec-id e t true")?;
         remove(host, "t")?;
+        host.output("ctr task rm -f u; ctr container rm u")?;
         host.run("ctr image rm --sync image")?;
     }
     Ok(())

@@ -6,7 +6,7 @@ use ferry_tests::ctr::{
     wait_for_status,
 };
 use ferry_tests::tally::{COUNTS, counted, counts_on, end};
-use ferry_tests::versions::can_checkpoint;
+use ferry_tests::versions::{self, Containerd, can_checkpoint};
 use ferry_tests::{Host, skip, task_lab};
 
 /// What the shim is called to take the place of containerd's own.
@@ -37,9 +37,9 @@ fn under_the_name_of_containerd_s_own_shim_it_takes_its_place() -> Result<()> {
 
 /// Fails unless the only shim is ours.
 fn is_ferry_s(host: &Host) -> Result<()> {
-    let pids = shims(host)?;
-    assert_eq!(pids.len(), 1, "{pids:?}");
-    let exe = host.run(&format!("readlink /proc/{}/exe", pids[0]))?.stdout;
+    // One that was told to end has answered before it has ended.
+    until("there is one shim", || Ok(shims(host)?.len() == 1))?;
+    let exe = host.run("readlink /proc/$(pgrep containerd-shim)/exe")?.stdout;
     assert!(exe.ends_with("/containerd-shim-ferry-v2\n"), "{exe}");
     Ok(())
 }
@@ -65,6 +65,11 @@ fn in_that_place_it_checkpoints_with_exit_and_restores_with_files_and_memory() -
     counts_on(host, "counter").context("after ctr task checkpoint --exit")?;
     is_ferry_s(host)?;
 
+    if versions::chosen()?.0 == Containerd::V1_7 {
+        // It leaves the dump out of every checkpoint but the first one, with its own shim too.
+        end(host, "counter")?;
+        return assert_nothing_left(host);
+    }
     // With all that another container is made from.
     host.run("ctr container checkpoint --task --rw --image counter kept")?;
     counts_on(host, "counter").context("it runs on")?;

@@ -2,6 +2,7 @@
 
 use super::input::{self, Environment, Request};
 use super::{confine, spec};
+use crate::ferry;
 use anyhow::{Context as _, Result};
 use containerd_shim::{Flags, StartOpts};
 use nix::errno::Errno;
@@ -108,6 +109,8 @@ fn spawn(request: &Request, bundle: &Path, listener: UnixListener) -> Result<()>
     confine::confine(child.id(), &request.options.shim_cgroup).inspect_err(|_| {
         let _ = child.kill();
         let _ = child.wait();
+        // It may have come so far.
+        let _ = std::fs::remove_file(ferry::socket_of(child.id()));
     })
 }
 

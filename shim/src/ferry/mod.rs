@@ -80,6 +80,11 @@ pub(crate) fn announce(bundle: &Path) -> Result<()> {
         .with_context(|| format!("write {}", path.display()))
 }
 
+/// The service's socket of the shim `pid`.
+pub(crate) fn socket_of(pid: u32) -> PathBuf {
+    Path::new(paths::SOCKETS).join(format!("{pid}.sock"))
+}
+
 fn socket() -> PathBuf {
-    Path::new(paths::SOCKETS).join(format!("{}.sock", std::process::id()))
+    socket_of(std::process::id())
 }
