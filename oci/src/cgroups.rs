@@ -87,6 +87,14 @@ pub fn processes(pid: u32) -> io::Result<Vec<i32>> {
     Ok(found)
 }
 
+/// [`processes`], as most have pids.
+///
+/// # Errors
+/// As [`processes`].
+pub fn pids(pid: u32) -> io::Result<Vec<u32>> {
+    Ok(processes(pid)?.into_iter().filter_map(|pid| pid.try_into().ok()).collect())
+}
+
 fn collect(folder: &Path, found: &mut Vec<i32>) -> io::Result<()> {
     let text = fs::read_to_string(folder.join("cgroup.procs"))?;
     found.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()));

@@ -1,13 +1,11 @@
 //! The `delete` action: containerd calls it after a shim has died, or could not be started.
 
 use crate::boot;
-use crate::container::Network;
 use crate::error::{Context as _, Result};
 use crate::mounts;
 use crate::options::TaskOptions;
 use crate::rules;
 use crate::strays;
-use ferry_oci::netns::Netns;
 use ferry_oci::runc::Delete;
 use ferry_oci::sockets::{self, Silenced};
 use ferry_oci::{cgroups, paths, quarantine};
@@ -59,8 +57,7 @@ fn silence(bundle: &Path) -> Option<Silenced> {
     if !paths::images(&migration).join(LAST_IMAGE).exists() {
         return None;
     }
-    let pids = cgroups::processes(init_pid(bundle)).ok()?;
-    let pids: Vec<u32> = pids.into_iter().filter_map(|pid| pid.try_into().ok()).collect();
+    let pids = cgroups::pids(init_pid(bundle)).ok()?;
     sockets::silence(&pids).inspect_err(|err| warn!("silence the connections: {err}")).ok()
 }
 
@@ -105,7 +102,8 @@ fn delete(namespace: &str, id: &str, bundle: &Path) -> Result<()> {
 fn remove_migration(bundle: &Path) -> Result<()> {
     let Some(migration) = migration(bundle) else { return Ok(()) };
     let images = std::fs::remove_dir_all(paths::images(&migration));
-    let unlocked = unlock_netns(bundle, &migration);
+    // A network namespace that is given by path outlives its container, and what locks it would too.
+    let unlocked = rules::inside(bundle, None, || quarantine::clear(&migration));
     let _ = std::fs::remove_dir_all(paths::hide(&migration));
     quarantine::clear(&migration).context("forget the migration")?;
     match images {
@@ -127,17 +125,6 @@ pub(crate) fn remove(folder: &Path) -> Result<()> {
         }
         _ => Ok(()),
     }
-}
-
-/// A network namespace that is given by path outlives its container, and what locks it would too.
-fn unlock_netns(bundle: &Path, migration: &str) -> Result<()> {
-    let Network::Path(path) = Network::of(bundle)? else { return Ok(()) };
-    let netns = match Netns::open(&path) {
-        Err(err) if err.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        netns => netns.context("open the network namespace")?,
-    };
-    let cleared = netns.run(|| quarantine::clear(migration)).context("enter its namespace")?;
-    cleared.context("remove the connection lock from the network namespace")
 }
 
 /// A dead shim cannot remove its sockets itself. Not those that the shim of a group still serves.

@@ -84,7 +84,7 @@ fn is_of(table: &str, run: &str) -> bool {
 }
 
 /// Does `work` in the container's network; not at all in one that has ended with it.
-fn inside(
+pub(crate) fn inside(
     bundle: &Path,
     pid: Option<u32>,
     work: impl FnOnce() -> std::result::Result<(), quarantine::Error> + Send,

@@ -35,15 +35,25 @@ pub(crate) fn end(runc: &Path, bundle: &Path) -> Result<()> {
 /// Note in the bundle that its container is being made in cgroups that were nobody's.
 const CLAIM: &str = "ferry-cgroups";
 
-/// Until runc knows the container of `bundle`, all that is in its cgroups is its own. Not so where something
-/// runs in them already: then `false`, and nobody may be ended for it.
-pub(crate) fn claim_cgroups(bundle: &Path) -> Result<bool> {
-    let Some(path) = cgroups_path(bundle)? else { return Ok(false) };
-    let ours = cgroups::are_empty(&path);
-    if ours {
-        std::fs::write(bundle.join(CLAIM), "").context("claim the container's cgroups")?;
+/// Until runc knows the container of `bundle`, all that is in its cgroups is its own, and ends with it. Not
+/// so where something runs in them already.
+pub(crate) fn claim_cgroups(bundle: &Path) -> Result<()> {
+    match cgroups_path(bundle)? {
+        Some(path) if cgroups::are_empty(&path) => {
+            std::fs::write(bundle.join(CLAIM), "").context("claim the container's cgroups")
+        }
+        _ => Ok(()),
     }
-    Ok(ours)
+}
+
+/// The `cgroupsPath` of what is claimed.
+fn claimed_cgroups(bundle: &Path) -> Result<Option<PathBuf>> {
+    if bundle.join(CLAIM).exists() { cgroups_path(bundle) } else { Ok(None) }
+}
+
+/// Kills what is in the cgroups of the container of `bundle`, which runc does not know.
+pub(crate) fn kill_members(bundle: &Path) -> Result<()> {
+    claimed_cgroups(bundle).map(|path| path.iter().for_each(|path| cgroups::kill_members(path)))
 }
 
 /// runc knows the container: others may come into its cgroups.
@@ -53,11 +63,8 @@ pub(crate) fn give_up_claim(bundle: &Path) {
 
 /// Removes the cgroups of the container of `bundle`, which runc does not know, with what is in them.
 pub(crate) fn remove_cgroups(bundle: &Path) -> Result<()> {
-    if !bundle.join(CLAIM).exists() {
-        return Ok(());
-    }
     let end = Instant::now() + LIMIT;
-    let Some(path) = cgroups_path(bundle)? else { return Ok(()) };
+    let Some(path) = claimed_cgroups(bundle)? else { return Ok(()) };
     while !cgroups::remove_empty(&path) {
         in_time(end, "the container's cgroups")?;
         cgroups::kill_members(&path);

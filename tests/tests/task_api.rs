@@ -350,6 +350,9 @@ while True:
     Ok(())
 }
 
+/// Where CRIU's log of a restore of u is kept.
+const KEPT: &str = "/var/log/ferry/default/u/criu-restore.log";
+
 #[test]
 fn a_restore_that_fails_says_why_and_leaves_nothing() -> Result<()> {
     if !can_checkpoint()? {
@@ -380,10 +383,14 @@ fn a_restore_that_fails_says_why_and_leaves_nothing() -> Result<()> {
         ensure!(!failed.status.success(), "{runtime}: two listen on one port");
         if runtime == FERRY {
             assert!(failed.stderr.contains("criu: Error"), "{failed}");
+            assert!(failed.stderr.contains(&format!("CRIU's log is {KEPT}")), "{failed}");
             assert_eq!(status(host, "u")?, "STOPPED");
         }
         host.output("ctr task rm u")?;
         assert_eq!(status(host, "u")?, "", "{runtime}: {failed}");
+        if runtime == FERRY {
+            host.run(&format!("grep -q Error {KEPT}"))?;
+        }
         host.output("ctr container rm u")?;
         assert_eq!(status(host, "other")?, "RUNNING", "{runtime}");
         remove(host, "other")?;
@@ -424,6 +431,8 @@ fn a_failed_dump_says_why_and_leaves_the_container_running() -> Result<()> {
         if runtime == FERRY {
             let tables = host.run("nft list tables")?.stdout;
             assert!(!tables.contains("CRIU"), "{tables}");
+            let images = host.output("ls -A /tmp/images")?.stdout;
+            assert!(images.is_empty(), "half a dump is left: {images}");
         }
         remove(host, "t")?;
         host.run("rm -rf /tmp/images")?;

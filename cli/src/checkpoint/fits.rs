@@ -5,13 +5,14 @@ use anyhow::{Result, ensure};
 
 use super::format::Summary;
 use crate::describe::checks::version;
-use crate::describe::host::HostFacts;
+use crate::describe::host::Machine;
 
-/// Refuses a checkpoint that this host cannot run. What the checkpoint does not say is not asked for.
+/// Refuses a checkpoint that `here`, with its version of `criu`, cannot run. What the checkpoint does not say is
+/// not asked for.
 ///
 /// # Errors
 /// With what is missing, and what helps.
-pub(super) fn check(summary: &Summary, here: &HostFacts) -> Result<()> {
+pub(super) fn check(summary: &Summary, here: &Machine, criu: Option<&str>) -> Result<()> {
     ensure!(
         summary.arch.is_empty() || summary.arch == here.arch,
         "it was made on {}, and this host is {}: restore it on one of the same architecture",
@@ -25,9 +26,9 @@ pub(super) fn check(summary: &Summary, here: &HostFacts) -> Result<()> {
         "this host's processor lacks {}, which its programs may use: restore it where the processor can do \
          what that of {} can",
         missing.join(" "),
-        if summary.hostname.is_empty() { "its host" } else { &summary.hostname }
+        summary.hostname
     );
-    if let Some(criu) = &here.criu {
+    if let Some(criu) = criu {
         ensure!(
             version(criu) >= version(&summary.criu),
             "criu {criu} cannot read images of criu {}: install that version or a newer one",
@@ -40,22 +41,23 @@ pub(super) fn check(summary: &Summary, here: &HostFacts) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::describe::samples;
 
     #[test]
     fn what_this_host_lacks_is_named_with_its_cure() {
-        let here = samples::host("here");
+        let flags = ["avx".to_owned()];
+        let here = Machine { arch: "x86_64".into(), cpu_flags: flags.into(), ..Default::default() };
         let fits = Summary {
             arch: here.arch.clone(),
             cpu_flags: here.cpu_flags.clone(),
-            criu: here.criu.clone().unwrap(),
+            criu: "4.2".into(),
             ..Default::default()
         };
-        assert!(check(&fits, &here).is_ok() && check(&Summary::default(), &here).is_ok());
+        let check = |summary: &Summary| check(summary, &here, Some("4.2.1"));
+        assert!(check(&fits).is_ok() && check(&Summary::default()).is_ok());
         let refusal = |change: fn(&mut Summary)| {
             let mut summary = fits.clone();
             change(&mut summary);
-            check(&summary, &here).unwrap_err().to_string()
+            check(&summary).unwrap_err().to_string()
         };
         let processor = refusal(|s| s.cpu_flags.extend(["amx_tile".to_owned()]));
         assert!(processor.contains("lacks amx_tile"), "{processor}");

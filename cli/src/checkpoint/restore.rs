@@ -27,7 +27,7 @@ use crate::containerd::{
     ContainerRecord, Containerd, Descriptor, Destination, SnapshotKind, Stdio, TaskStatus,
 };
 use crate::describe::checks::RUNTIME;
-use crate::describe::host::HostFacts;
+use crate::describe::host::{self, Machine};
 use crate::lock;
 use crate::migrate::fault;
 use crate::network::address::{self, Cidr};
@@ -124,8 +124,8 @@ impl Restore {
     /// Everything but the start.
     async fn prepare(&mut self) -> Result<()> {
         if let Some(summary) = &self.summary {
-            let here = tokio::task::spawn_blocking(|| HostFacts::gather(String::new())).await?;
-            fits::check(summary, &here)?;
+            let criu = tokio::task::spawn_blocking(host::criu).await?;
+            fits::check(summary, &Machine::this(), criu.as_deref())?;
         }
         let images = self.place.folder(paths::CHECKPOINT_IMAGES)?;
         self.origin.images(self.store.containerd(), &images).await?;

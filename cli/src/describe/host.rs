@@ -47,21 +47,47 @@ pub(crate) struct HostFacts {
     pub(crate) ferry: String,
 }
 
-impl HostFacts {
-    /// Gathers the facts of this host.
-    pub(crate) fn gather(containerd: String) -> Self {
+/// What programs depend on for as long as they run.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Machine {
+    /// Its own name.
+    pub(crate) hostname: String,
+    /// Kernel release.
+    pub(crate) kernel: String,
+    /// Machine architecture.
+    pub(crate) arch: String,
+    /// What the processor can do.
+    pub(crate) cpu_flags: BTreeSet<String>,
+}
+
+impl Machine {
+    /// This one. Runs no program.
+    pub(crate) fn this() -> Self {
         let uname = nix::sys::utsname::uname().ok();
         let text = |f: fn(&nix::sys::utsname::UtsName) -> &std::ffi::OsStr| {
             uname.as_ref().map(|u| f(u).to_string_lossy().into_owned()).unwrap_or_default()
         };
         Self {
             hostname: text(|u| u.nodename()),
-            boot_id: read("/proc/sys/kernel/random/boot_id"),
             kernel: text(|u| u.release()),
             arch: text(|u| u.machine()),
-            cpu_flags: processor(),
+            cpu_flags: cpu_flags(&read("/proc/cpuinfo")),
+        }
+    }
+}
+
+impl HostFacts {
+    /// Gathers the facts of this host.
+    pub(crate) fn gather(containerd: String) -> Self {
+        let Machine { hostname, kernel, arch, cpu_flags } = Machine::this();
+        Self {
+            hostname,
+            boot_id: read("/proc/sys/kernel/random/boot_id"),
+            kernel,
+            arch,
+            cpu_flags,
             cgroups: cgroups(&read("/proc/self/mounts")).to_owned(),
-            criu: version_of("criu", "Version:"),
+            criu: criu(),
             runc: version_of("runc", "runc version"),
             nf_tables: quarantine::present().is_ok(),
             shim: in_path("containerd-shim-ferry-v2"),
@@ -80,6 +106,11 @@ pub(crate) fn read(path: &str) -> String {
     fs::read_to_string(path).unwrap_or_default().trim().to_owned()
 }
 
+/// Version of criu, `None` where it does not start.
+pub(crate) fn criu() -> Option<String> {
+    version_of("criu", "Version:")
+}
+
 fn version_of(program: &str, prefix: &str) -> Option<String> {
     let output = Command::new(program).arg("--version").output().ok()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -91,11 +122,6 @@ fn version_of(program: &str, prefix: &str) -> Option<String> {
 pub(crate) fn in_path(program: &str) -> bool {
     std::env::var_os("PATH")
         .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).is_file()))
-}
-
-/// What the processor of this host can do.
-pub(crate) fn processor() -> BTreeSet<String> {
-    cpu_flags(&read("/proc/cpuinfo"))
 }
 
 /// The flags that are worth comparing: those the first processor lists.

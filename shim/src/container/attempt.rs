@@ -2,22 +2,20 @@
 
 use super::Container;
 use super::checkpoint::explain;
+use super::silent::blocking;
 use crate::error::Error;
 use crate::reaper::{Child, Exit, Window};
 use crate::runtime::Running;
 use crate::strays;
 use log::warn;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
-use tokio::time::{sleep, timeout};
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::time::timeout;
 
 /// How long a refused restore may take to undo itself.
 const UNDO: Duration = Duration::from_secs(20);
 /// How long CRIU may take to end its tasks in good order.
 const ORDERLY: Duration = Duration::from_millis(500);
-/// How long tasks that were killed may take to leave their cgroups, and how often that is looked at.
-const TASKS: Duration = Duration::from_secs(2);
-const BETWEEN: Duration = Duration::from_millis(20);
 /// Exit code of a task that was never restored.
 const NEVER_RAN: u32 = 128 + 9;
 
@@ -29,8 +27,6 @@ pub(super) struct Attempt {
     pub(super) log: PathBuf,
     /// Where it is kept if the restore fails.
     pub(super) logs: PathBuf,
-    /// Nothing was in its cgroups.
-    pub(super) owns_cgroups: bool,
 }
 
 impl Attempt {
@@ -58,7 +54,7 @@ impl Container {
         }
         // CRIU ends its tasks itself, unless it was killed.
         if timeout(ORDERLY, attempt.runc.child.wait()).await.is_err() {
-            self.kill_tasks(attempt);
+            self.kill_tasks();
         }
         if let Err(err) = attempt.runc.wait(UNDO).await {
             log::debug!("the restore of {} has ended: {err}", self.id);
@@ -66,10 +62,10 @@ impl Container {
         if let Err(err) = self.runtime.delete(&self.id, true).await {
             warn!("remove a failed restore of {}: {err}", self.id);
         }
-        match self.cgroups_path() {
-            Ok(Some(path)) if attempt.owns_cgroups => remove_cgroups(&path).await,
-            Ok(_) => {}
-            Err(err) => warn!("remove the cgroups of {}: {err}", self.id),
+        let bundle = self.bundle.clone();
+        let removed = blocking(move || strays::remove_cgroups(&bundle)).await;
+        if let Err(err) = removed.and_then(|removed| removed) {
+            warn!("remove the cgroups of {}: {err}", self.id);
         }
         strays::give_up_claim(&self.bundle);
         self.record_exit(Exit::now(NEVER_RAN));
@@ -77,20 +73,9 @@ impl Container {
 
     /// Kills whatever a restore has made that has come to no good: runc would wait 10 s for it, and leave
     /// it alive.
-    pub(super) fn kill_tasks(&self, attempt: &Attempt) {
-        match self.cgroups_path() {
-            Ok(Some(path)) if attempt.owns_cgroups => ferry_oci::cgroups::kill_members(&path),
-            Ok(_) => {}
-            Err(err) => warn!("kill the tasks of {}: {err}", self.id),
+    pub(super) fn kill_tasks(&self) {
+        if let Err(err) = strays::kill_members(&self.bundle) {
+            warn!("kill the tasks of {}: {err}", self.id);
         }
-    }
-}
-
-/// Of a restore whose runc was killed before it could. Its tasks may still be there.
-async fn remove_cgroups(path: &Path) {
-    let start = Instant::now();
-    while !ferry_oci::cgroups::remove_empty(path) && start.elapsed() < TASKS {
-        ferry_oci::cgroups::kill_members(path);
-        sleep(BETWEEN).await;
     }
 }

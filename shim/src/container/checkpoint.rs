@@ -263,8 +263,7 @@ impl Container {
     pub(super) async fn free_connections(&self, work: &Path, end: bool) {
         let (bundle, work, pid) = (self.bundle.clone(), work.to_owned(), self.snapshot().pid);
         let put_back = move || {
-            let pids = cgroups::processes(pid).context("list the processes")?;
-            let pids: Vec<u32> = pids.into_iter().filter_map(|pid| pid.try_into().ok()).collect();
+            let pids = cgroups::pids(pid).context("list the processes")?;
             sockets::put_back(&pids).context("put the connections back").map(drop)
         };
         let free = move || {

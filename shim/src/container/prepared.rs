@@ -343,7 +343,7 @@ impl PreparedRestore {
                     Ok(Some(pid)) if pid > 0 => Ok(pid),
                     Ok(_) => {
                         // CRIU has gone, and its tasks with it, unless it was killed.
-                        container.kill_tasks(&attempt);
+                        container.kill_tasks();
                         Err(match attempt.runc.wait(END).await {
                             Ok(()) => Error::internal("runc has ended before the restore"),
                             Err(err) => attempt.failed(err),

@@ -214,14 +214,14 @@ impl Container {
         let netns = self.netns_for_criu(options.in_netns)?;
         let stdio = self.inner().child_io.take();
         let stdio = stdio.ok_or_else(|| Error::failed_precondition("restored once already"))?;
-        let owns_cgroups = strays::claim_cgroups(&self.bundle)?;
+        strays::claim_cgroups(&self.bundle)?;
         let window = self.runtime.reaper.window();
         let mut all = vec![(CONFIG_ENV, config)];
         all.extend_from_slice(env);
         let runc = self.runtime.start(&verb, stdio, &all, netns.as_ref())?;
         let log = params.work.join("restore.log");
         let logs = paths::logs(&self.namespace, &self.id);
-        Ok(Attempt { runc, window, log, logs, owns_cgroups })
+        Ok(Attempt { runc, window, log, logs })
     }
 
     /// A terminal arrives with runc's return, and a held restore goes on before that.
@@ -252,7 +252,7 @@ impl Container {
     }
 
     /// Where the bundle's spec wants its cgroups.
-    pub(super) fn cgroups_path(&self) -> Result<Option<PathBuf>> {
+    fn cgroups_path(&self) -> Result<Option<PathBuf>> {
         Ok(self.spec()?.linux().as_ref().and_then(|linux| linux.cgroups_path().clone()))
     }
 }

@@ -128,8 +128,7 @@ impl Container {
         let bundle = self.bundle.clone();
         let lock = move || {
             // Not by runc: it would take as long as the dump.
-            let pids = cgroups::processes(init).context("list the processes")?;
-            let pids: Vec<u32> = pids.into_iter().filter_map(|pid| pid.try_into().ok()).collect();
+            let pids = cgroups::pids(init).context("list the processes")?;
             let connections = of(&pids)?;
             if connections.is_empty() {
                 return Ok((None, None));

@@ -1,12 +1,10 @@
 //! The parts of a checkpoint, written into the content store or into a file.
 
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use ferry_oci::criu::DumpRecord;
-use nix::sys::utsname::{UtsName, uname};
 use prost::Message as _;
 
 use super::Source;
@@ -14,7 +12,7 @@ use crate::checkpoint::export::{self, Export};
 use crate::checkpoint::format::{self, Index, Part, Platform, Statistics, Summary};
 use crate::checkpoint::{archive, blobs};
 use crate::containerd::{CheckpointOptions, Descriptor};
-use crate::describe::host::processor;
+use crate::describe::host::Machine;
 
 impl Source {
     /// Writes the unfinished file.
@@ -64,17 +62,16 @@ impl Source {
     pub(super) fn summary(&self, images: &Path, statistics: Statistics) -> Result<Summary> {
         let record = DumpRecord::read(images).context("read the record of the dump")?;
         let record = record.context("the dump has left no record")?;
-        let uname = uname().context("ask for the kernel's name")?;
-        let text = |of: fn(&UtsName) -> &OsStr| of(&uname).to_string_lossy().into_owned();
+        let Machine { hostname, kernel, arch, cpu_flags } = Machine::this();
         Ok(Summary {
             version: format::VERSION,
             ferry: env!("CARGO_PKG_VERSION").to_owned(),
             criu: record.criu,
             runc: record.runc,
-            kernel: text(|u| u.release()),
-            hostname: text(|u| u.nodename()),
-            arch: text(|u| u.machine()),
-            cpu_flags: processor(),
+            kernel,
+            hostname,
+            arch,
+            cpu_flags,
             container: self.record.id.clone(),
             created: crate::containerd::rfc3339(std::time::SystemTime::now()),
             exit: self.options.exit,
